@@ -1,0 +1,84 @@
+# Every target sets up .venv by itself. Needed: Python 3.11 or newer (PYTHON=... names another one) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Arguments for `make serve` and the test targets, for example: make test-unit ARGS="-k tokenizer"
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs \
+        format stubs wheel hooks clean venv
+
+help: ## list the targets
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/\1|\2/p' Makefile | while IFS='|' read -r t d; do printf '  %-14s %s\n' "$$t" "$$d"; done
+
+demo: $(READY) ## four ranks, several prompts, text as it streams; ends by itself
+	$(BIN)/caravan demo
+
+serve: $(READY) ## a server in the foreground, until Ctrl-C (ARGS="--model DIR --ranks 2")
+	$(BIN)/caravan serve $(ARGS)
+
+test: $(READY) ## all tests that need no GPU
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/e2e -m "not gpu" --durations=15 $(ARGS)
+
+test-unit: $(READY) ## only tests/unit: no Ray, no network, under a minute
+	$(BIN)/python -m pytest tests/unit -m "not gpu" --durations=15 $(ARGS)
+
+check: check-format check-lint check-types check-floors check-stubs ## everything CI checks before the tests
+
+check-format: $(READY) ## ruff: is the code formatted
+	$(BIN)/ruff format --check
+
+check-lint: $(READY) ## ruff: likely mistakes
+	$(BIN)/ruff check
+
+check-types: $(READY) ## mypy, strict, on all source
+	$(BIN)/mypy
+
+check-floors: $(READY) ## import-linter: imports point down
+	$(BIN)/lint-imports --no-cache
+
+check-stubs: $(READY) ## are the committed gRPC stubs those of the .proto files
+	$(BIN)/python protos/generate.py --check
+
+format: $(READY) ## format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+stubs: $(READY) ## regenerate the gRPC stubs
+	$(BIN)/python protos/generate.py
+
+wheel: $(READY) ## build the wheel into dist/
+	rm -rf build
+	$(BIN)/python -m build --no-isolation --wheel
+	rm -rf build
+
+hooks: $(READY) ## run the checks before every commit
+	$(BIN)/pre-commit install
+
+clean: ## remove what builds, checks and tests leave (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(wildcard cluster dashboards protos router tests workers) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(READY) ## only set up .venv
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "Caravan needs Python 3.11 or newer, and there is no '$(PYTHON)' here; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Caravan needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name a newer one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments (no venv or ensurepip); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once, and after a change of pyproject.toml or constraints.txt; a few minutes, mostly torch)"
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) -m venv --clear $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $(READY)
+	@echo "$(VENV) is ready"

@@ -1,0 +1,75 @@
+"""Configuration of a rank and its engine: frozen, every field with its unit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workers.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What every rank of a gang computes and how much it may hold.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    model_dir: Path
+    """Folder of a Hugging Face checkpoint."""
+    dtype: str = "auto"
+    """Computation and KV type; "auto" is the checkpoint's own."""
+    device: str = "auto"
+    """"auto" is CUDA where there is one."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    kv_memory_bytes: int = 256 * 2**20
+    """Bytes of a rank's KV pools, global and local layers together."""
+    max_num_batched_tokens: int = 512
+    """Tokens a rank computes in one step at most."""
+    max_num_seqs: int = 128
+    """Sequences a rank runs at once at most."""
+    max_model_len: int = 0
+    """Tokens of the longest sequence; 0: what the checkpoint allows and the KV pools hold."""
+    threads: int = 0
+    """Compute threads of a rank; 0: the host's cores shared among its ranks, at least one."""
+    exchange_timeout_s: float = 60.0
+    """Seconds until an exchange that nobody answers is an error."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.device not in DEVICES:
+            raise UserError(f"device: {self.device!r} is not one of {', '.join(DEVICES)}")
+        for name in ("block_size", "kv_memory_bytes", "max_num_batched_tokens", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise UserError(
+                f"max_num_seqs: {self.max_num_seqs} is more than max_num_batched_tokens "
+                f"({self.max_num_batched_tokens}), so some sequences could never take a step; lower it"
+            )
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """One incarnation of one rank: who it is and where its leader is."""
+
+    gang_id: str
+    rank: int
+    """Logical number in the gang, from 0."""
+    incarnation: int
+    """Grows with every process that is started for this rank; a fencing token."""
+    leader_address: str
+    """HOST:PORT of the leader's gRPC server."""
+    host: str
+    """Address this rank binds and is reached at."""
+    ranks_on_host: int
+    """How many ranks share this host's cores."""
+    engine: EngineConfig
+    lifeline_timeout_s: float = 30.0
+    """Seconds to wait for the leader to answer before giving up."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of the process beside the inherited one."""

@@ -1,0 +1,108 @@
+"""The step loop of one rank: take what came, plan, agree, execute, commit, publish."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workers.exchange import Exchange
+from workers.inbox import Abort, Add, Inbox
+from workers.metrics import RankMetrics
+from workers.runner import Runner
+from workers.scheduler import Emitted, Scheduler
+
+
+@dataclass(frozen=True)
+class Load:
+    """A rank's load after a step, and its totals since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    pending_tokens: int = 0
+    kv_usage_ratio: float = 0.0
+    tokens_computed: int = 0
+    tokens_exchanged: int = 0
+
+
+class Engine:
+    """Runs in one thread; everything reaches it through its inbox.
+
+    All ranks of the epoch step together: a step opens with an agreement on who has how many tokens. After one in which
+    nobody has any they park, and the first to get work wakes the others for the step it opens.
+
+    Args:
+        publish: takes the step's number and new tokens; must not block.
+        wake_peers: tells every other rank that this one opens a step; must not block.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        exchange: Exchange,
+        inbox: Inbox,
+        metrics: RankMetrics,
+        publish: Callable[[int, list[Emitted]], None],
+        wake_peers: Callable[[int], None],
+    ) -> None:
+        self._runner, self._scheduler, self._exchange = runner, scheduler, exchange
+        self._inbox, self._metrics = inbox, metrics
+        self._publish, self._wake_peers = publish, wake_peers
+        self._next_step = 1
+        self._tokens_computed = 0
+        self.load = Load()
+        """Replaced after every step, never changed: other threads may read it."""
+
+    def run(self) -> None:
+        """Step until the inbox is stopped.
+
+        Raises:
+            ExchangeError: a peer is lost; nothing of the step under way was published.
+        """
+        while not self._inbox.stopped:
+            if not self.step():
+                self._park()
+
+    def step(self) -> bool:
+        """One step of all ranks. False if none had anything to do."""
+        started = time.perf_counter()
+        self._take_messages()
+        plan = self._scheduler.plan()
+        num_tokens = sum(item.end - item.start for item in plan)
+        agreed = self._exchange.agree(num_tokens)
+        number, self._next_step = self._next_step, self._next_step + 1
+        if not any(agreed):
+            self._update_load()
+            return False
+        samples = self._runner.execute(plan)
+        emitted = self._scheduler.commit(plan, samples)
+        self._tokens_computed += num_tokens
+        self._update_load()
+        self._publish(number, emitted)
+        self._metrics.observe_step(time.perf_counter() - started, num_tokens, self._scheduler)
+        return True
+
+    def _take_messages(self) -> None:
+        for message in self._inbox.drain():
+            match message:
+                case Add(sequence):
+                    self._scheduler.add(sequence)
+                case Abort(key):
+                    self._scheduler.abort(key)
+                case _:
+                    self._scheduler.abort_router(message.router)
+
+    def _park(self) -> None:
+        self._scheduler.check_integrity()
+        self._metrics.flush()
+        if self._inbox.park(self._next_step):
+            self._wake_peers(self._next_step)
+
+    def _update_load(self) -> None:
+        self.load = Load(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            pending_tokens=self._scheduler.pending_tokens,
+            kv_usage_ratio=self._scheduler.kv_usage_ratio,
+            tokens_computed=self._tokens_computed,
+            tokens_exchanged=self._exchange.rows_sent,
+        )

@@ -1,0 +1,78 @@
+"""Prometheus metrics of a rank. In several processes of a host they meet in prometheus-client's shared files
+(PROMETHEUS_MULTIPROC_DIR), from which the host's one endpoint serves exact sums."""
+
+import time
+
+import torch
+from prometheus_client import Counter, Gauge, Histogram
+
+from workers.exchange import Exchange
+from workers.experts import MoeLayer
+from workers.scheduler import Scheduler
+
+# A step on a GPU takes milliseconds, one with a long prompt on a CPU seconds.
+STEP_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192)
+FLUSH_SECONDS = 1.0
+
+_LABELS = ("gang", "rank")
+RUNNING = Gauge("caravan_sequences_running", "Sequences that run.", _LABELS, multiprocess_mode="livemostrecent")
+WAITING = Gauge("caravan_sequences_waiting", "Sequences that wait.", _LABELS, multiprocess_mode="livemostrecent")
+KV_USAGE = Gauge(
+    "caravan_kv_usage_ratio",
+    "Share of KV blocks in use, the fuller pool, 0 to 1.",
+    _LABELS,
+    multiprocess_mode="livemostrecent",
+)
+EPOCH = Gauge("caravan_epoch", "The gang's epoch as this rank knows it.", _LABELS, multiprocess_mode="livemostrecent")
+STEP_SECONDS = Histogram("caravan_step_seconds", "Wall time of an engine step.", _LABELS, buckets=STEP_BUCKETS)
+TOKENS = Counter("caravan_computed_tokens", "Tokens computed, prompt and output.", _LABELS)
+PREEMPTIONS = Counter("caravan_preemptions", "Sequences that gave their blocks back to be computed again.", _LABELS)
+EXPERT_TOKENS = Counter("caravan_expert_tokens", "Tokens a routed expert computed.", (*_LABELS, "layer", "expert"))
+EXCHANGE_SECONDS = Counter(
+    "caravan_exchange_seconds", "Time in dispatch and combine, waiting for peers included.", _LABELS
+)
+EXCHANGE_BYTES = Counter("caravan_exchange_bytes", "Bytes exchanged with other ranks.", (*_LABELS, "direction"))
+
+
+class RankMetrics:
+    """Writes one rank's series. What changes with every step is summed here and flushed about once a second."""
+
+    def __init__(self, gang_id: str, rank: int, epoch: int, exchange: Exchange, layers: dict[int, MoeLayer]) -> None:
+        """`layers` are the MoE layers by their number in the model."""
+        self._labels = (gang_id, str(rank))
+        self._exchange, self._layers = exchange, layers
+        self._step_seconds = STEP_SECONDS.labels(*self._labels)
+        self._tokens = TOKENS.labels(*self._labels)
+        self._running, self._waiting = RUNNING.labels(*self._labels), WAITING.labels(*self._labels)
+        self._kv_usage = KV_USAGE.labels(*self._labels)
+        self._flushed = {"seconds": 0.0, "sent": 0.0, "received": 0.0, "preemptions": 0.0}
+        self._flushed_at = 0.0
+        EPOCH.labels(*self._labels).set(epoch)
+        self.flush()
+
+    def observe_step(self, seconds: float, num_tokens: int, scheduler: Scheduler) -> None:
+        """After each step that computed `num_tokens` here."""
+        self._step_seconds.observe(seconds)
+        self._tokens.inc(num_tokens)
+        self._running.set(scheduler.num_running)
+        self._waiting.set(scheduler.num_waiting)
+        self._kv_usage.set(scheduler.kv_usage_ratio)
+        self._add("preemptions", scheduler.num_preemptions, PREEMPTIONS.labels(*self._labels))
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the sums out; the engine calls it before it parks, so that an idle gang's numbers are complete."""
+        self._flushed_at = time.monotonic()
+        self._add("seconds", self._exchange.seconds, EXCHANGE_SECONDS.labels(*self._labels))
+        self._add("sent", self._exchange.bytes_sent, EXCHANGE_BYTES.labels(*self._labels, "sent"))
+        self._add("received", self._exchange.bytes_received, EXCHANGE_BYTES.labels(*self._labels, "received"))
+        for number, layer in self._layers.items():
+            tokens_E = layer.routed.tokens_E
+            for expert in torch.nonzero(tokens_E).squeeze(1).tolist():
+                EXPERT_TOKENS.labels(*self._labels, str(number), str(expert)).inc(int(tokens_E[expert]))
+            tokens_E.zero_()
+
+    def _add(self, name: str, total: float, counter: Counter) -> None:
+        counter.inc(total - self._flushed[name])
+        self._flushed[name] = total

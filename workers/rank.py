@@ -1,0 +1,247 @@
+"""One rank: a process with an engine thread and an event loop beside it for everything that talks.
+
+A rank learns from its leader which epoch it is in: the members, their addresses and the expert maps. It then loads the
+experts the map gives it, forms the process group and steps until it is stopped or its leader is gone.
+"""
+
+import asyncio
+import logging
+import os
+import platform
+import queue
+import threading
+from collections.abc import Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import grpc
+import torch
+
+from protos import gang_pb2, gang_pb2_grpc
+from workers.checkpoint import Checkpoint
+from workers.config import RankConfig
+from workers.engine import Engine
+from workers.errors import UserError
+from workers.exchange import Exchange, LocalExchange
+from workers.expert_map import ExpertMap
+from workers.inbox import Inbox
+from workers.lifeline import Lifeline
+from workers.metrics import RankMetrics
+from workers.model_config import ModelConfig
+from workers.runner import TORCH_DTYPES, Runner, resolve_device, resolve_dtype
+from workers.scheduler import Emitted, Scheduler
+from workers.token_server import TokenServer
+from workers.torch_exchange import TorchExchange
+from workers.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 3.0
+
+
+class Rank:
+    """One incarnation of one rank.
+
+    `run` blocks in the calling thread, which becomes the engine's. `stop` may be called from any thread.
+    """
+
+    def __init__(self, config: RankConfig) -> None:
+        self.config = config
+        self._inbox = Inbox()
+        self._commands: queue.SimpleQueue[gang_pb2.Epoch | gang_pb2.Stop] = queue.SimpleQueue()
+        self._loop = asyncio.new_event_loop()
+        self._engine: Engine | None = None
+        self._weights_bytes_read = 0
+        self._broken: ConnectionError | None = None
+
+    def run(self) -> None:
+        """Serve until the leader says stop, `stop` is called, or the leader is gone.
+
+        Raises:
+            UserError: the checkpoint or the configuration is at fault; the leader has been told.
+            ConnectionError: the leader is gone or never answered.
+            ExchangeError: a peer is lost; the leader has been told.
+        """
+        thread = threading.Thread(target=self._loop.run_forever, name="rank-io", daemon=True)
+        thread.start()
+        try:
+            self._do(self._open())
+            command = self._commands.get()
+            if isinstance(command, gang_pb2.Epoch):
+                self._run_epoch(command)
+            if self._broken is not None:
+                raise self._broken
+        except Exception as error:
+            # Whoever stops the gang tears down its exchanges too: what fails then is no failure.
+            if self._inbox.stopped and self._broken is None:
+                return
+            if not isinstance(error, ConnectionError):
+                self._report_failure(error)
+            raise
+        finally:
+            self._do(self._close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join(STOP_SECONDS)
+
+    def stop(self) -> None:
+        self._inbox.stop()
+        self._commands.put(gang_pb2.Stop())
+
+    # ---- engine thread -------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, epoch: gang_pb2.Epoch) -> None:
+        config, engine_config = self.config, self.config.engine
+        torch.set_num_threads(engine_config.threads or max(1, (os.cpu_count() or 1) // config.ranks_on_host))
+        device = resolve_device(engine_config.device)
+        model = ModelConfig.from_folder(engine_config.model_dir)
+        dtype = resolve_dtype(engine_config, model)
+        expert_map = ExpertMap.from_proto(epoch.layers)
+        checkpoint = Checkpoint(engine_config.model_dir)
+        weights = load_weights(
+            checkpoint, model, expert_map, config.rank, TORCH_DTYPES[dtype], device, progress=self._report_loading
+        )
+        exchange = self._join_exchange(epoch, model, weights.embedding.dtype, device)
+        members = [member.rank for member in epoch.members]
+        try:
+            runner = Runner(engine_config, model, weights, expert_map, members, exchange)
+            scheduler = Scheduler(runner.blocks, engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
+            layers = dict(zip(model.moe_layers, runner.model.moe_layers, strict=True))
+            metrics = RankMetrics(config.gang_id, config.rank, epoch.epoch, exchange, layers)
+            header = gang_pb2.StepOutput(
+                gang_id=config.gang_id, epoch=epoch.epoch, rank=config.rank, incarnation=config.incarnation
+            )
+            server = TokenServer(header, self._inbox, model.vocab_size, runner.max_model_len)
+            peers = [member.address for member in epoch.members if member.rank != config.rank]
+            wake = gang_pb2.WakeRequest(gang_id=config.gang_id, epoch=epoch.epoch)
+
+            def publish(step: int, emitted: list[Emitted]) -> None:
+                self._loop.call_soon_threadsafe(server.publish, step, emitted, self._load())
+
+            def wake_peers(step: int) -> None:
+                asyncio.run_coroutine_threadsafe(self._wake(peers, wake, step), self._loop)
+
+            self._engine = Engine(runner, scheduler, exchange, self._inbox, metrics, publish, wake_peers)
+            self._do(self._serve(server))
+            self._lifeline.send(
+                gang_pb2.RankReport(
+                    epoch_ready=gang_pb2.EpochReady(epoch=epoch.epoch, max_model_len=runner.max_model_len, dtype=dtype)
+                )
+            )
+            self._engine.run()
+            metrics.flush()
+        finally:
+            exchange.close()
+
+    def _join_exchange(
+        self, epoch: gang_pb2.Epoch, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    ) -> Exchange:
+        index = [member.rank for member in epoch.members].index(self.config.rank)
+        if len(epoch.members) == 1:
+            return LocalExchange()
+        return TorchExchange(
+            epoch.store_address,
+            epoch.epoch,
+            index,
+            len(epoch.members),
+            host=self.config.host,
+            device=device,
+            rows_per_token=model.experts_per_token,
+            row_bytes=model.hidden_size * dtype.itemsize,
+            timeout_s=self.config.engine.exchange_timeout_s,
+        )
+
+    def _report_loading(self, done: int, total: int) -> None:
+        self._weights_bytes_read = done
+        if self._inbox.stopped:
+            raise InterruptedError("stopped while loading")
+        self._lifeline.send(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=done, bytes_total=total)))
+
+    def _report_failure(self, error: Exception) -> None:
+        log.error("rank %d of gang %s failed: %s", self.config.rank, self.config.gang_id, error)
+        failed = gang_pb2.Failed(message=str(error) or repr(error), is_user_error=isinstance(error, UserError))
+        self._lifeline.send(gang_pb2.RankReport(failed=failed))
+        # The report must leave before the connection does.
+        self._do(asyncio.sleep(0.2))
+
+    def _do(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    # ---- event loop ----------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        # Until the epoch is ready nobody has this rank's address from the leader; connections wait for `_serve`.
+        self._server = grpc.aio.server()
+        self._port = self._server.add_insecure_port(f"{self.config.host}:0")
+        joined = gang_pb2.Joined(
+            gang_id=self.config.gang_id,
+            rank=self.config.rank,
+            incarnation=self.config.incarnation,
+            pid=os.getpid(),
+            host=self.config.host,
+            address=f"{self.config.host}:{self._port}",
+            device=self.config.engine.device,
+            versions=_versions(),
+        )
+        self._lifeline = Lifeline(self.config.leader_address, joined, self._load_report, self._on_command)
+        self._lifeline_task = asyncio.create_task(self._hold_lifeline())
+
+    async def _serve(self, server: TokenServer) -> None:
+        gang_pb2_grpc.add_RankServicer_to_server(server, self._server)
+        await self._server.start()
+
+    async def _hold_lifeline(self) -> None:
+        try:
+            await self._lifeline.run(self.config.lifeline_timeout_s)
+        except ConnectionError as error:
+            self._broken = error
+        self.stop()
+
+    def _on_command(self, command: gang_pb2.LeaderCommand) -> None:
+        if command.WhichOneof("message") == "epoch":
+            self._commands.put(command.epoch)
+        else:
+            self.stop()
+
+    async def _wake(self, peers: list[str], request: gang_pb2.WakeRequest, step: int) -> None:
+        wake = gang_pb2.WakeRequest()
+        wake.CopyFrom(request)
+        wake.step = step
+        for address in peers:
+            if address not in self._channels:
+                self._channels[address] = grpc.aio.insecure_channel(address)
+        calls = [gang_pb2_grpc.RankStub(self._channels[address]).Wake(wake, timeout=30) for address in peers]
+        for address, result in zip(peers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(result, BaseException):
+                # The exchange will time out on that peer; the leader decides.
+                log.warning("rank %d could not wake %s: %s", self.config.rank, address, result)
+
+    async def _close(self) -> None:
+        self._lifeline_task.cancel()
+        await self._server.stop(grace=0.2)
+        for channel in self._channels.values():
+            await channel.close(None)
+
+    def _load(self) -> gang_pb2.RankLoad:
+        assert self._engine is not None
+        load = self._engine.load
+        return gang_pb2.RankLoad(
+            running=load.running,
+            waiting=load.waiting,
+            pending_tokens=load.pending_tokens,
+            kv_usage_ratio=load.kv_usage_ratio,
+            tokens_computed=load.tokens_computed,
+            tokens_exchanged=load.tokens_exchanged,
+            weights_bytes_read=self._weights_bytes_read,
+        )
+
+    def _load_report(self) -> gang_pb2.RankLoad | None:
+        return self._load() if self._engine is not None else None
+
+
+def _versions() -> dict[str, str]:
+    try:
+        caravan = version("caravan")
+    except PackageNotFoundError:
+        caravan = "unknown"
+    return {"caravan": caravan, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,82 @@
+"""One sequence of tokens under generation. Plain data, no torch."""
+
+from dataclasses import dataclass, field
+
+from workers.block_pool import SequenceBlocks
+
+SequenceKey = tuple[str, int]
+"""(router, the router's number for the stream)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; nothing is left to default here, the router has resolved it."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    """64 bits. With `sibling` and the position it is the key of every draw."""
+    sibling: int = 0
+    logprobs: int | None = None
+    """Alternatives returned beside the chosen token's log-probability; None: no log-probabilities."""
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Prompt and output stay apart: penalties, `min_tokens` and budgets depend on which is which.
+
+    There are no phases: a sequence is behind by `num_tokens - num_computed_tokens`, and every step catches up.
+    """
+
+    key: SequenceKey
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    blocks: SequenceBlocks = field(default_factory=SequenceBlocks)
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Ids at positions `start` to `end` - 1."""
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.output_ids[start - prompt : end - prompt]
+        return self.prompt_ids[start:end] + self.output_ids[: max(0, end - prompt)]
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of one output position, natural logarithms."""
+
+    chosen: tuple[int, float]
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the sampler drew for one sequence."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
