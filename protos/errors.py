@@ -45,6 +45,10 @@ class CaravanError(Exception):
         self.code: grpc.StatusCode = STATUS[code] if isinstance(code, Outcome) else code
         self.message = message
 
+    def __reduce__(self) -> tuple[type["CaravanError"], tuple[grpc.StatusCode, str]]:
+        # By default an exception is pickled as a call with its `args`, which fit neither this class nor its heirs.
+        return CaravanError, (self.code, self.message)
+
     @property
     def details(self) -> str:
         """The message, cut to what fits beside a status."""

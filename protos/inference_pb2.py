@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\ncaravan.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe9\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.caravan.v1.TokenIdsH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.caravan.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.caravan.v1.TokenLogprob\"\xe8\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.caravan.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.caravan.v1.Usage\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\x91\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\">\n\x06Status\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05gangs\x18\x02 \x03(\x0b\x32\x16.caravan.v1.GangStatus\"\x8f\x01\n\nGangStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12%\n\x05ranks\x18\x05 \x03(\x0b\x32\x16.caravan.v1.RankStatus\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\xb9\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x06 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x07 \x01(\x04\x12\x18\n\x10tokens_exchanged\x18\x08 \x01(\x04\x12\x1a\n\x12weights_bytes_read\x18\t \x01(\x04*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa4\x02\n\tInference\x12G\n\x08Generate\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.caravan.v1.TokenizeRequest\x1a\x1c.caravan.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.caravan.v1.DetokenizeRequest\x1a\x1e.caravan.v1.DetokenizeResponse\x12:\n\x08GetModel\x12\x1b.caravan.v1.GetModelRequest\x1a\x11.caravan.v1.Model2F\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.caravan.v1.GetStatusRequest\x1a\x12.caravan.v1.Statusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\ncaravan.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9b\x05\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.caravan.v1.TokenIdsH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0c\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.caravan.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.caravan.v1.TokenLogprob\"\x9f\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.caravan.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.caravan.v1.Usage\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x35\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\x91\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\">\n\x06Status\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05gangs\x18\x02 \x03(\x0b\x32\x16.caravan.v1.GangStatus\"\x8f\x01\n\nGangStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12%\n\x05ranks\x18\x05 \x03(\x0b\x32\x16.caravan.v1.RankStatus\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\xb9\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x06 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x07 \x01(\x04\x12\x18\n\x10tokens_exchanged\x18\x08 \x01(\x04\x12\x1a\n\x12weights_bytes_read\x18\t \x01(\x04*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa4\x02\n\tInference\x12G\n\x08Generate\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.caravan.v1.TokenizeRequest\x1a\x1c.caravan.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.caravan.v1.DetokenizeRequest\x1a\x1e.caravan.v1.DetokenizeResponse\x12:\n\x08GetModel\x12\x1b.caravan.v1.GetModelRequest\x1a\x11.caravan.v1.Model2F\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.caravan.v1.GetStatusRequest\x1a\x12.caravan.v1.Statusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1892
-  _globals['_FINISHREASON']._serialized_end=2037
+  _globals['_FINISHREASON']._serialized_start=1997
+  _globals['_FINISHREASON']._serialized_end=2142
   _globals['_TOKENIDS']._serialized_start=38
   _globals['_TOKENIDS']._serialized_end=61
   _globals['_GENERATEREQUEST']._serialized_start=64
-  _globals['_GENERATEREQUEST']._serialized_end=681
-  _globals['_USAGE']._serialized_start=683
-  _globals['_USAGE']._serialized_end=740
-  _globals['_TOKENLOGPROB']._serialized_start=742
-  _globals['_TOKENLOGPROB']._serialized_end=791
-  _globals['_POSITIONLOGPROBS']._serialized_start=793
-  _globals['_POSITIONLOGPROBS']._serialized_end=892
-  _globals['_GENERATERESPONSE']._serialized_start=895
-  _globals['_GENERATERESPONSE']._serialized_end=1127
-  _globals['_TOKENIZEREQUEST']._serialized_start=1129
-  _globals['_TOKENIZEREQUEST']._serialized_end=1160
-  _globals['_TOKENIZERESPONSE']._serialized_start=1162
-  _globals['_TOKENIZERESPONSE']._serialized_end=1199
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1201
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1268
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1270
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1304
-  _globals['_GETMODELREQUEST']._serialized_start=1306
-  _globals['_GETMODELREQUEST']._serialized_end=1323
-  _globals['_MODEL']._serialized_start=1326
-  _globals['_MODEL']._serialized_end=1471
-  _globals['_GETSTATUSREQUEST']._serialized_start=1473
-  _globals['_GETSTATUSREQUEST']._serialized_end=1491
-  _globals['_STATUS']._serialized_start=1493
-  _globals['_STATUS']._serialized_end=1555
-  _globals['_GANGSTATUS']._serialized_start=1558
-  _globals['_GANGSTATUS']._serialized_end=1701
-  _globals['_RANKSTATUS']._serialized_start=1704
-  _globals['_RANKSTATUS']._serialized_end=1889
-  _globals['_INFERENCE']._serialized_start=2040
-  _globals['_INFERENCE']._serialized_end=2332
-  _globals['_ADMIN']._serialized_start=2334
-  _globals['_ADMIN']._serialized_end=2404
+  _globals['_GENERATEREQUEST']._serialized_end=731
+  _globals['_USAGE']._serialized_start=733
+  _globals['_USAGE']._serialized_end=790
+  _globals['_TOKENLOGPROB']._serialized_start=792
+  _globals['_TOKENLOGPROB']._serialized_end=841
+  _globals['_POSITIONLOGPROBS']._serialized_start=843
+  _globals['_POSITIONLOGPROBS']._serialized_end=942
+  _globals['_GENERATERESPONSE']._serialized_start=945
+  _globals['_GENERATERESPONSE']._serialized_end=1232
+  _globals['_TOKENIZEREQUEST']._serialized_start=1234
+  _globals['_TOKENIZEREQUEST']._serialized_end=1265
+  _globals['_TOKENIZERESPONSE']._serialized_start=1267
+  _globals['_TOKENIZERESPONSE']._serialized_end=1304
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1306
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1373
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1375
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1409
+  _globals['_GETMODELREQUEST']._serialized_start=1411
+  _globals['_GETMODELREQUEST']._serialized_end=1428
+  _globals['_MODEL']._serialized_start=1431
+  _globals['_MODEL']._serialized_end=1576
+  _globals['_GETSTATUSREQUEST']._serialized_start=1578
+  _globals['_GETSTATUSREQUEST']._serialized_end=1596
+  _globals['_STATUS']._serialized_start=1598
+  _globals['_STATUS']._serialized_end=1660
+  _globals['_GANGSTATUS']._serialized_start=1663
+  _globals['_GANGSTATUS']._serialized_end=1806
+  _globals['_RANKSTATUS']._serialized_start=1809
+  _globals['_RANKSTATUS']._serialized_end=1994
+  _globals['_INFERENCE']._serialized_start=2145
+  _globals['_INFERENCE']._serialized_end=2437
+  _globals['_ADMIN']._serialized_start=2439
+  _globals['_ADMIN']._serialized_end=2509
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,201 @@
+"""A router's one long-lived stream to a rank, shared by all of the router's sequences there."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+from grpc import aio
+
+from protos import gang_pb2, gang_pb2_grpc
+from router.policy import Candidate
+from router.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = [
+    # A step's log-probabilities or a long prompt may pass the default of 4 MiB.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
+FIRST_PAUSE_S = 0.05
+LOAD_LAG_S = 0.25
+"""A rank's report of its load surely counts a sequence submitted this long before."""
+
+
+class RankLink:
+    """Submits and aborts sequences at one incarnation of one rank, and hands out what its steps produce.
+
+    Reading never waits for a client. When the rank or the way to it is lost, every stream here fails at once.
+
+    Args:
+        router_id: this router's name.
+        gang_id: the rank's gang.
+        member: the rank and its incarnation.
+        epoch: the gang's epoch when the link was made.
+        reconnect_max_s: longest pause between two attempts to connect.
+        on_fenced: called for every message that is dropped because it is not current.
+
+    Attributes:
+        is_connected: sequences can be submitted.
+        load: what the rank said last of its load.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        gang_id: str,
+        member: gang_pb2.RankView,
+        epoch: int,
+        reconnect_max_s: float,
+        on_fenced: Callable[[], None],
+    ) -> None:
+        self.gang_id = gang_id
+        self.rank = member.rank
+        self.incarnation = member.incarnation
+        self.address = member.address
+        self.epoch = epoch
+        self.is_connected = False
+        self.load = member.load
+        self._router_id = router_id
+        self._reconnect_max_s = reconnect_max_s
+        self._on_fenced = on_fenced
+        self._streams: dict[int, Stream] = {}
+        # Prompt tokens and time of sequences that the rank's own report may not count yet.
+        self._submitted: dict[int, tuple[int, float]] = {}
+        self._outbox: asyncio.Queue[gang_pb2.RouterMessage] = asyncio.Queue()
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.gang_id}"
+
+    def candidate(self) -> Candidate:
+        """What the rank has to do, for the routing policy."""
+        return Candidate(
+            self.gang_id,
+            self.rank,
+            pending_tokens=self.load.pending_tokens + sum(tokens for tokens, _ in self._submitted.values()),
+            sequences=self.load.running + self.load.waiting + len(self._submitted),
+        )
+
+    def submit(self, stream: Stream) -> None:
+        """Sends a sequence to the rank. Never waits."""
+        request = stream.request
+        self._streams[stream.sequence_id] = stream
+        num_tokens = len(request.prompt_ids) + len(stream.output_ids)
+        self._submitted[stream.sequence_id] = (num_tokens, time.monotonic())
+        submit = gang_pb2.Submit(
+            sequence_id=stream.sequence_id,
+            epoch=self.epoch,
+            prompt_ids=request.prompt_ids,
+            output_ids=stream.output_ids,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            min_tokens=request.min_tokens,
+            stop_token_ids=sorted(request.stop_token_ids),
+        )
+        self._outbox.put_nowait(gang_pb2.RouterMessage(submit=submit))
+
+    def abort(self, sequence_id: int) -> None:
+        """Ends a sequence, if it has not ended. Never waits."""
+        if self._forget(sequence_id):
+            self._outbox.put_nowait(gang_pb2.RouterMessage(abort=gang_pb2.Abort(sequence_id=sequence_id)))
+
+    def update(self, epoch: int, load: gang_pb2.RankLoad) -> None:
+        """Takes what the leader says of this incarnation."""
+        self.epoch = max(self.epoch, epoch)
+        self._take_load(load)
+
+    def fail_streams(self, detail: str) -> None:
+        """Ends every stream here with an error."""
+        streams = list(self._streams.values())
+        self._streams.clear()
+        self._submitted.clear()
+        for stream in streams:
+            stream.fail(detail)
+
+    async def run(self) -> None:
+        """Keeps the stream to the rank up. Ends by cancellation only."""
+        pause = FIRST_PAUSE_S
+        while True:
+            start = time.monotonic()
+            try:
+                await self._converse()
+                problem = "it closed the connection"
+            except aio.AioRpcError as error:
+                problem = f"{error.code().name}: {error.details()}"
+            except Exception as error:
+                logger.exception("the link to %s failed", self)
+                problem = f"the router failed: {error}"
+            if self.is_connected:
+                logger.warning("lost %s at %s: %s", self, self.address, problem)
+            self.is_connected = False
+            self._outbox = asyncio.Queue()
+            self.fail_streams(f"{self} was lost ({problem}); send the request again")
+            if time.monotonic() - start > self._reconnect_max_s:  # It had lasted; else the rank may be refusing us.
+                pause = FIRST_PAUSE_S
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, self._reconnect_max_s)
+
+    async def _converse(self) -> None:
+        """One connection, from Hello to its loss."""
+        async with aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            call = gang_pb2_grpc.RankStub(channel).Connect(self._messages(self._outbox))
+            async for message in call:
+                self._dispatch(message)
+
+    async def _messages(self, outbox: asyncio.Queue[gang_pb2.RouterMessage]) -> AsyncIterator[gang_pb2.RouterMessage]:
+        """What goes to the rank; gRPC asks for the next when the last is on its way."""
+        hello = gang_pb2.Hello(router_id=self._router_id, gang_id=self.gang_id, epoch=self.epoch)
+        yield gang_pb2.RouterMessage(hello=hello)
+        self.is_connected = True
+        while True:
+            yield await outbox.get()
+
+    def _dispatch(self, message: gang_pb2.StepOutput) -> None:
+        if not self._is_current(message):
+            self._drop(message)
+            return
+        self.epoch = message.epoch
+        if message.HasField("load"):
+            self._take_load(message.load)
+        for output in message.outputs:
+            stream = self._streams.get(output.sequence_id)
+            if stream is None:
+                continue  # Aborted while this was on its way.
+            self._submitted.pop(output.sequence_id, None)
+            stream.deliver(output)
+            if stream.is_finished:
+                self._forget(output.sequence_id)
+
+    def _drop(self, message: gang_pb2.StepOutput) -> None:
+        self._on_fenced()
+        told = f"gang {message.gang_id}, epoch {message.epoch}, incarnation {message.incarnation}"
+        logger.warning("dropped a step of %s from %s: not current", told, self)
+        # A stream that goes on without these tokens would have a hole in it.
+        for output in message.outputs:
+            if stream := self._streams.get(output.sequence_id):
+                self.abort(output.sequence_id)
+                stream.fail(f"{self} sent tokens of a past epoch; send the request again")
+
+    def _is_current(self, message: gang_pb2.StepOutput) -> bool:
+        """Of this gang and incarnation, and of no older epoch than known.
+
+        A newer epoch is current: the rank hears of it before the router does.
+        """
+        return (
+            message.gang_id == self.gang_id
+            and message.rank == self.rank
+            and message.incarnation == self.incarnation
+            and message.epoch >= self.epoch
+        )
+
+    def _take_load(self, load: gang_pb2.RankLoad) -> None:
+        self.load = load
+        if self._submitted:
+            counted = time.monotonic() - LOAD_LAG_S
+            self._submitted = {k: v for k, v in self._submitted.items() if v[1] > counted}
+
+    def _forget(self, sequence_id: int) -> bool:
+        self._submitted.pop(sequence_id, None)
+        return self._streams.pop(sequence_id, None) is not None
