@@ -5,6 +5,7 @@ library's own source, so the words of a prompt come through as on a real one.
 """
 
 import json
+import math
 import os
 import shutil
 import sysconfig
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from workers.checkpoint_check import tensor_shapes
 from workers.errors import UserError
 from workers.model_config import ModelConfig
 
@@ -136,38 +138,14 @@ def random_weights(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[st
     """Every tensor of a text-only checkpoint by its Hugging Face name, normal with variance 1 / fan-in."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, fan_in: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * fan_in**-0.5).to(dtype)
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape, dtype=dtype)
+        fan_in = shape[-2] if ".experts." in name else shape[-1]
+        deviation = 0.02 if "embed" in name else 1 / math.sqrt(fan_in)
+        return (torch.randn(shape, generator=generator) * deviation).to(dtype)
 
-    hidden, head = model.hidden_size, model.head_dim
-    weights = {
-        "model.embed_tokens.weight": normal(model.vocab_size, hidden, fan_in=2500),
-        "model.norm.weight": torch.ones(hidden, dtype=dtype),
-        "lm_head.weight": normal(model.vocab_size, hidden, fan_in=hidden),
-    }
-    for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, rows, columns in (
-            ("q_proj", model.num_heads * head, hidden),
-            ("k_proj", model.num_kv_heads * head, hidden),
-            ("v_proj", model.num_kv_heads * head, hidden),
-            ("o_proj", hidden, model.num_heads * head),
-        ):
-            weights[f"{prefix}self_attn.{name}.weight"] = normal(rows, columns, fan_in=columns)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=dtype)
-        prefix += "feed_forward."
-        inner = model.dense_mlp_size
-        if layer in model.moe_layers:
-            experts, inner = model.num_experts, model.expert_mlp_size
-            weights[f"{prefix}router.weight"] = normal(experts, hidden, fan_in=hidden)
-            weights[f"{prefix}experts.gate_up_proj"] = normal(experts, hidden, 2 * inner, fan_in=hidden)
-            weights[f"{prefix}experts.down_proj"] = normal(experts, inner, hidden, fan_in=inner)
-            prefix += "shared_expert."
-        weights[f"{prefix}gate_proj.weight"] = normal(inner, hidden, fan_in=hidden)
-        weights[f"{prefix}up_proj.weight"] = normal(inner, hidden, fan_in=hidden)
-        weights[f"{prefix}down_proj.weight"] = normal(hidden, inner, fan_in=inner)
-    return weights
+    return {name: draw(name, shape) for name, shape in tensor_shapes(model).items()}
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:

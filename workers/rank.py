@@ -37,6 +37,8 @@ from workers.weights import load_weights
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 3.0
+# A prompt of a million tokens is more than the default of 4 MiB.
+SERVER_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 class Rank:
@@ -171,7 +173,7 @@ class Rank:
     async def _open(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         # Until the epoch is ready nobody has this rank's address from the leader; connections wait for `_serve`.
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._port = self._server.add_insecure_port(f"{self.config.host}:0")
         joined = gang_pb2.Joined(
             gang_id=self.config.gang_id,

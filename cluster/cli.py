@@ -1,0 +1,153 @@
+"""The `caravan` command: flags and exit codes are a public contract; each command lives in a module of its own."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from cluster.errors import CommandError, ExitCode, UsageError, report
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the server failed, 2 the user's input cannot work, 130 ended
+    by Ctrl-C, 143 by SIGTERM."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        if arguments.command is None:
+            raise UsageError("no command given; see `caravan --help`")
+        signal.signal(signal.SIGTERM, _on_terminate)
+        # Only the chosen command's imports are paid for.
+        return int(importlib.import_module(f"cluster.{arguments.command}").run(arguments))
+    except CommandError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every flag of every command."""
+    parser = _Parser(prog="caravan", description="Serve a Llama 4 model from a gang of expert-parallel ranks.")
+    parser.add_argument("--version", action="version", version=f"caravan {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start a server in the foreground",
+        description="Start a server in the foreground. It prints one line, `ready grpc=HOST:PORT metrics=HOST:PORT`, "
+        "when it can answer, and ends with every process it started on Ctrl-C or SIGTERM.",
+    )
+    # No defaults here: what is not given comes from the configuration file, and only then from cluster.config.
+    serve.add_argument(
+        "--model", type=Path, metavar="DIR", help="folder of a Hugging Face checkpoint (default: a small model)"
+    )
+    serve.add_argument("--ranks", type=_whole_number(1), metavar="N", help="expert-parallel ranks (default 4)")
+    serve.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), help="computation type (default auto: the checkpoint's)"
+    )
+    serve.add_argument("--host", help="address to answer on (default 127.0.0.1)")
+    serve.add_argument("--grpc-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9000)")
+    serve.add_argument("--metrics-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9400)")
+    serve.add_argument("--ray-address", metavar="ADDRESS", help="a running Ray to join (default: start one)")
+    serve.add_argument("--config", type=Path, metavar="FILE.toml", help="tables [serve], [engine], [router] and [gang]")
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Stream a prompt's continuation.")
+    generate.add_argument("prompt", metavar="PROMPT", help="text, or token ids with --token-ids")
+    _add_address(generate)
+    generate.add_argument("--max-tokens", type=_whole_number(1, 2**32 - 1), metavar="N", help="most tokens to generate")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's)")
+    generate.add_argument(
+        "--seed", type=_whole_number(0, 2**64 - 1), metavar="S", help="the same seed draws the same tokens"
+    )
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text")
+    generate.add_argument("--token-ids", action="store_true", help="PROMPT is space-separated token ids")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    status = commands.add_parser("status", help="show gangs and ranks", description="Show a server's gangs and ranks.")
+    _add_address(status)
+    status.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    down = commands.add_parser(
+        "down", help="end a server of this machine", description="End a server started elsewhere."
+    )
+    _add_address(down)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity of a text",
+        description="How well a running server's model predicts a text: perplexity and bits per byte, "
+        "from prompt log-probabilities over windows of the model's context.",
+    )
+    evaluate.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
+    _add_address(evaluate)
+    evaluate.add_argument("--window", type=_whole_number(2), metavar="N", help="tokens (default: the context less 1)")
+    evaluate.add_argument("--stride", type=_whole_number(1), metavar="N", help="tokens (default: half the window)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    commands.add_parser(
+        "demo",
+        help="four ranks, several prompts, text as it streams",
+        description="Start a server of four ranks on a small model, stream several prompts at once, and end it again.",
+    )
+    return parser
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", type=_address, default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"(default {DEFAULT_ADDRESS})"
+    )
+
+
+def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
+        return value
+
+    return read
+
+
+def _address(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, such as {DEFAULT_ADDRESS}, got {text!r}")
+    return text
+
+
+def _on_terminate(_number: int, _frame: object) -> NoReturn:
+    sys.exit(ExitCode.TERMINATED)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("caravan")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What `caravan serve` runs with: the command line over a TOML file over defaults."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from cluster.errors import UsageError
+from cluster.leader import LeaderConfig
+from router.config import RouterConfig
+from router.errors import RouterConfigError
+from workers.config import DTYPES, EngineConfig
+from workers.errors import UserError
+
+DEFAULT_GRPC_PORT = 9000
+DEFAULT_METRICS_PORT = 9400
+
+
+@dataclass(frozen=True)
+class ServeTable:
+    """Table [serve] of a configuration file; each key is also a flag of `caravan serve`, which wins.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    model: Path | None = None
+    """Folder of a Hugging Face checkpoint; without one, the model that comes with Caravan."""
+    ranks: int = 4
+    """Expert-parallel ranks of the gang."""
+    dtype: str = "auto"
+    """"auto" (the checkpoint's own), "float32" or "bfloat16"."""
+    host: str = "127.0.0.1"
+    """Address on which clients and Prometheus are answered."""
+    grpc_port: int = DEFAULT_GRPC_PORT
+    metrics_port: int = DEFAULT_METRICS_PORT
+    ray_address: str = ""
+    """A running Ray to join (HOST:PORT or "auto"); empty: start one and end it with the server."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise UserError(f"ranks: must be at least 1, got {self.ranks}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("grpc_port", "metrics_port"):
+            if not 1 <= getattr(self, name) <= 65535:
+                raise UserError(f"{name.replace('_', '-')}: must be a port from 1 to 65535, got {getattr(self, name)}")
+        if self.grpc_port == self.metrics_port:
+            raise UserError(f"metrics-port: {self.metrics_port} is the gRPC port too; give another one")
+        if not self.host:
+            raise UserError("host: must not be empty; give an address of this machine, such as 127.0.0.1 or 0.0.0.0")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A deployment: one gang behind one router."""
+
+    serve: ServeTable
+    engine: EngineConfig
+    router: RouterConfig
+    leader: LeaderConfig
+
+    @property
+    def grpc_address(self) -> str:
+        """HOST:PORT of the gRPC front door."""
+        return join_address(self.serve.host, self.serve.grpc_port)
+
+    @property
+    def metrics_address(self) -> str:
+        """HOST:PORT of this host's metrics."""
+        return join_address(self.serve.host, self.serve.metrics_port)
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path | None = None) -> ServeConfig:
+    """Compose a deployment's configuration.
+
+    Args:
+        flags: values of [serve] keys the user gave on the command line; None where they gave none.
+        file: a TOML file with tables [serve], [engine], [router] and [gang], or None.
+        default_model: served where neither names a model; None: that is an error.
+
+    Raises:
+        UsageError: the file cannot be read, has a key nobody knows or a value that cannot be.
+    """
+    tables = _read_tables(file) if file is not None else {}
+    where = str(file) if file is not None else "the command line"
+    try:
+        given = {key: value for key, value in flags.items() if value is not None}
+        from_file = _values(ServeTable, tables.get("serve", {}), f"{file}, [serve]", hidden=())
+        if file is not None and isinstance(from_file.get("model"), Path):
+            # A path in a file means what it means beside that file.
+            from_file["model"] = (file.parent / from_file["model"].expanduser()).resolve()
+        serve = ServeTable(**{**from_file, **given})
+        model = serve.model or default_model
+        if model is None:
+            raise UsageError("model: none given; name a checkpoint's folder with --model")
+        model = model.expanduser().absolute()
+        engine = _values(EngineConfig, tables.get("engine", {}), f"{file}, [engine]", hidden=("model_dir", "dtype"))
+        router = _values(RouterConfig, tables.get("router", {}), f"{file}, [router]", hidden=("model_dir", "host"))
+        leader = _values(LeaderConfig, tables.get("gang", {}), f"{file}, [gang]", hidden=())
+        return ServeConfig(
+            serve=dataclasses.replace(serve, model=model),
+            engine=EngineConfig(model_dir=model, dtype=serve.dtype, **engine),
+            router=RouterConfig(model_dir=model, host=join_address(serve.host, 0).removesuffix(":0"), **router),
+            leader=LeaderConfig(**leader),
+        )
+    except (UserError, RouterConfigError) as error:
+        raise UsageError(f"{error} (in {where})" if file is not None else str(error)) from None
+
+
+def _read_tables(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            tables = tomllib.load(stream)
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if name not in ("serve", "engine", "router", "gang"):
+            raise UsageError(_unknown(name, "table", str(file), ("serve", "engine", "router", "gang")))
+        if not isinstance(table, dict):
+            raise UsageError(f"{file}: {name} must be a table, written [{name}]")
+    return tables
+
+
+def _values(kind: type, table: Mapping[str, Any], where: str, hidden: Collection[str]) -> dict[str, Any]:
+    """Values of `table` that fit the fields of dataclass `kind`, apart from those `hidden` from the file."""
+    hints = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in hidden]
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UsageError(_unknown(key, "key", where, known))
+        values[key] = _convert(value, hints[key], f"{where}: {key}")
+    return values
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is not None or type(kind).__name__ == "UnionType":
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        named = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Path: "a string"}
+        raise UsageError(f"{where} must be {named.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+def _unknown(name: str, what: str, where: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"{where}: unknown {what} {name!r}; {hint}"

@@ -1,0 +1,75 @@
+"""What `caravan serve` shows while it loads: bars on a terminal, a line a stage elsewhere. All of it on stderr."""
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from protos import gang_pb2
+
+
+class LoadingDisplay:
+    """Shows stages and each rank's bytes read, from construction to `close`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._is_terminal = self._console.is_terminal
+        self._stage = ""
+        self._note = ""
+        self._epoch = 0
+        self._ranks: dict[int, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            transient=True,
+            # Else what anybody prints would come out on the console.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not self._is_terminal,
+        )
+        self._stage_task = self._progress.add_task("", total=None, state="")
+        self._progress.start()
+
+    def stage(self, text: str) -> None:
+        """One thing after the other: what is being done now."""
+        if text == self._stage:
+            return
+        self._stage = text
+        self._progress.update(self._stage_task, description=text)
+        if not self._is_terminal:
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def view(self, view: gang_pb2.GangView) -> None:
+        """The gang as its leader sees it."""
+        for rank in view.ranks:
+            if rank.rank not in self._ranks:
+                self._ranks[rank.rank] = self._progress.add_task(f"rank {rank.rank}", total=None, state="")
+            self._progress.update(
+                self._ranks[rank.rank],
+                completed=rank.loading.bytes_read,
+                total=rank.loading.bytes_total or None,
+                state=rank.state,
+            )
+        read = sum(rank.loading.bytes_read for rank in view.ranks)
+        if view.epoch != self._epoch and self._epoch:
+            self.note(view.detail)
+        self._epoch = view.epoch
+        if view.state == "ready":
+            self.stage(f"{len(view.ranks)} ranks are ready; they read {read / 1e6:.1f} MB of weights")
+        elif any(rank.state in ("loading", "ready") for rank in view.ranks):
+            self.stage("loading weights")
+        elif all(rank.state == "starting" for rank in view.ranks):
+            self.stage(f"starting {len(view.ranks)} ranks")
+
+    def note(self, text: str) -> None:
+        """Something a person should know, that stays on the terminal; said once."""
+        if text == self._note:
+            return
+        self._note = text
+        self._console.print(f"caravan: {text}", soft_wrap=True, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """The bars go away; what comes after has the terminal to itself. Closing twice is fine."""
+        self._progress.stop()

@@ -1,0 +1,300 @@
+"""The leader of a gang: starts its ranks, gives them an epoch and its expert maps, and decides who is dead.
+
+Knows no Ray: processes come from a `Launcher`. One life of a gang is
+
+    launch → every rank joined → epoch with its rendezvous store and expert maps → every rank ready → a rank is lost
+
+A gang that lost a rank is fenced as a whole and starts over with the next epoch and new incarnations, a bounded number
+of times; where the user's input is at fault it fails for good at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from cluster.errors import one_sentence
+from cluster.leader_service import LeaderService
+from cluster.membership import FAILED, READY, STARTING, Loss, Member, Membership
+from cluster.placement import first_expert_map, ranks_on_same_host
+from protos import gang_pb2
+from workers.config import EngineConfig, RankConfig
+from workers.errors import UserError
+from workers.expert_map import ExpertMap
+from workers.model_config import ModelConfig
+
+logger = logging.getLogger("caravan.leader")
+
+
+@dataclass(frozen=True)
+class LeaderConfig:
+    """Bounds of what a leader waits for, all in seconds, and how often it starts over."""
+
+    join_timeout_s: float = 120.0
+    """From a launch until every rank has joined: process start and imports."""
+    load_stall_timeout_s: float = 300.0
+    """From the last byte any rank read until every rank is ready."""
+    fence_timeout_s: float = 10.0
+    """Until a killed rank's process must be gone."""
+    stop_timeout_s: float = 2.0
+    """Ranks asked to stop have this long before they are killed."""
+    restarts: int = 3
+    """Starts after the first within `restart_window_s`; past them the gang has failed for good."""
+    restart_window_s: float = 300.0
+    restart_delay_s: float = 0.5
+    """Between a fence and the next launch."""
+
+    def __post_init__(self) -> None:
+        for name in ("join_timeout_s", "load_stall_timeout_s", "fence_timeout_s", "stop_timeout_s", "restart_window_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: must be positive, got {getattr(self, name)}")
+        if self.restarts < 0 or self.restart_delay_s < 0:
+            raise UserError("restarts and restart_delay_s: must not be negative")
+
+
+class Launcher(Protocol):
+    """Starts and ends the processes of ranks."""
+
+    async def place(self, num_ranks: int) -> Sequence[str]:
+        """Reserve room for every rank and return their hosts' addresses; asked again, the room already reserved.
+
+        Raises:
+            RuntimeError: no room, in one sentence.
+        """
+
+    async def launch(self, config: RankConfig) -> None:
+        """Start one incarnation of one rank."""
+
+    async def ended(self, rank: int, incarnation: int) -> Loss:
+        """Returns once the process of this launched incarnation has ended, with the reason."""
+
+    async def kill(self, rank: int, incarnation: int) -> None:
+        """Returns once this incarnation is certain not to act any more. One that is gone already is fine."""
+
+
+class Store(Protocol):
+    """A rendezvous store, one an epoch."""
+
+    address: str
+    """HOST:PORT"""
+
+    def close(self) -> None: ...
+
+
+class _GangLostError(Exception):
+    """This life of the gang is over."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.message)
+        self.loss = loss
+
+
+class Leader:
+    """Leads one gang from `start` to `stop`; both, and everything between, on one event loop.
+
+    Args:
+        gang_id: unique among all gangs that ever lived, so that nothing of another one can be taken for this one's.
+        host: address on which the leader's gRPC server and the rendezvous stores listen.
+        open_store: makes a rendezvous store on a host; called in a thread, once an epoch.
+    """
+
+    def __init__(
+        self,
+        gang_id: str,
+        host: str,
+        num_ranks: int,
+        model: ModelConfig,
+        engine: EngineConfig,
+        config: LeaderConfig,
+        launcher: Launcher,
+        open_store: Callable[[str], Store],
+    ) -> None:
+        self._host = host
+        self._num_ranks = num_ranks
+        self._model = model
+        self._engine = engine
+        self._config = config
+        self._launcher = launcher
+        self._open_store = open_store
+        self._store: Store | None = None
+        self.membership = Membership(gang_id)
+        self._service = LeaderService(self.membership)
+        self._expert_map: ExpertMap | None = None
+        self._watchers: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.address = ""
+
+    async def start(self) -> str:
+        """Serve `Leader` and begin to form the gang; returns HOST:PORT at once.
+
+        Raises:
+            UserError: more ranks than experts.
+        """
+        self._expert_map = first_expert_map(self._model, range(self._num_ranks))
+        self.address = await self._service.start(self._host)
+        self._task = asyncio.create_task(self._lead(), name="leader")
+        return self.address
+
+    async def stop(self, reason: str) -> None:
+        """Ask every rank to stop, kill those that have not in time, and close the server."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        command = gang_pb2.LeaderCommand(stop=gang_pb2.Stop(reason=reason))
+        for member in self.membership.members.values():
+            member.commands.put_nowait(command)
+        if self._watchers:
+            await asyncio.wait(self._watchers.values(), timeout=self._config.stop_timeout_s)
+        try:
+            await self._fence()
+        finally:
+            await self._service.stop()
+
+    async def _lead(self) -> None:
+        losses: deque[float] = deque()
+        try:
+            while True:
+                loss = await self._live()
+                membership = self.membership
+                logger.warning("gang %s lost in epoch %d: %s", membership.gang_id, membership.epoch, loss.message)
+                if not loss.is_user_error:
+                    self.membership.settle(STARTING, f"starting over: {loss.message}")
+                await self._fence()
+                now = time.monotonic()
+                losses.append(now)
+                while now - losses[0] > self._config.restart_window_s:
+                    losses.popleft()
+                if loss.is_user_error or len(losses) > self._config.restarts:
+                    self.membership.settle(FAILED, loss.message, loss.is_user_error)
+                    return
+                await asyncio.sleep(self._config.restart_delay_s)
+        except Exception as error:
+            logger.exception("the leader failed")
+            self.membership.settle(FAILED, f"the gang's leader failed: {one_sentence(error)}")
+
+    async def _live(self) -> Loss:
+        try:
+            await self._form()
+            self.membership.settle(READY)
+            return await self._first_loss()
+        except _GangLostError as lost:
+            return lost.loss
+
+    async def _form(self) -> None:
+        config, membership = self._config, self.membership
+        assert self._expert_map is not None
+        epoch = membership.epoch + 1
+        # Incarnations are as new as the epoch that starts them.
+        membership.begin(epoch, dict.fromkeys(range(self._num_ranks), epoch))
+        for rank, member in membership.members.items():
+            member.experts = self._expert_map.most_experts(rank)
+        await self._launch_all()
+        await self._until(lambda member: member.joined is not None, config.join_timeout_s, "joined the gang")
+        self._store = await asyncio.to_thread(self._open_store, self._host)
+        command = gang_pb2.LeaderCommand(
+            epoch=gang_pb2.Epoch(
+                epoch=epoch,
+                members=[
+                    gang_pb2.Member(rank=rank, incarnation=member.incarnation, address=member.joined.address)
+                    for rank, member in sorted(membership.members.items())
+                    if member.joined is not None
+                ],
+                store_address=self._store.address,
+                layers=self._expert_map.to_proto(),
+            )
+        )
+        for member in membership.members.values():
+            member.commands.put_nowait(command)
+        await self._until(lambda member: member.ready is not None, config.load_stall_timeout_s, "loaded its weights")
+
+    async def _launch_all(self) -> None:
+        try:
+            hosts = await self._launcher.place(self._num_ranks)
+            on_host = ranks_on_same_host(hosts)
+            await asyncio.gather(
+                *(
+                    self._launch(member, hosts[rank], on_host[rank])
+                    for rank, member in sorted(self.membership.members.items())
+                )
+            )
+        except UserError as error:
+            raise _GangLostError(Loss(str(error), is_user_error=True)) from None
+        except (RuntimeError, OSError, TimeoutError) as error:
+            raise _GangLostError(Loss(f"the ranks could not be started: {one_sentence(error)}")) from error
+
+    async def _launch(self, member: Member, host: str, ranks_on_host: int) -> None:
+        await self._launcher.launch(
+            RankConfig(
+                gang_id=self.membership.gang_id,
+                rank=member.rank,
+                incarnation=member.incarnation,
+                leader_address=self.address,
+                host=host,
+                ranks_on_host=ranks_on_host,
+                engine=self._engine,
+            )
+        )
+        key = member.rank, member.incarnation
+        self._watchers[key] = asyncio.create_task(self._watch_process(*key))
+
+    async def _watch_process(self, rank: int, incarnation: int) -> None:
+        try:
+            loss = await self._launcher.ended(rank, incarnation)
+            # What the rank said last may still be on its way up the lifeline, and tells more than a mere end.
+            await asyncio.sleep(0.2)
+            self.membership.record_loss(rank, incarnation, loss)
+        finally:
+            self._watchers.pop((rank, incarnation), None)
+
+    async def _until(self, has: Callable[[Member], bool], bound_s: float, what: str) -> None:
+        """Wait until `has` is true of every rank; bytes read start the bound anew."""
+        membership = self.membership
+        version, bytes_read, deadline = membership.version, 0, time.monotonic() + bound_s
+        while lacking := membership.lacking(has):
+            if membership.losses():
+                await self._give_up()
+            if (progress := self._bytes_read()) > bytes_read:
+                bytes_read, deadline = progress, time.monotonic() + bound_s
+            if time.monotonic() > deadline:
+                ranks = ", ".join(map(str, lacking))
+                raise _GangLostError(Loss(f"rank {ranks} has not {what} within {bound_s:g} s"))
+            membership.detail = f"waiting until rank {', '.join(map(str, lacking))} has {what}"
+            version = await membership.changed_since(version, timeout_s=min(0.5, bound_s))
+        if membership.losses():
+            await self._give_up()
+
+    def _bytes_read(self) -> int:
+        return sum(member.loading.bytes_read for member in self.membership.members.values() if member.loading)
+
+    async def _first_loss(self) -> Loss:
+        version = self.membership.version
+        while not self.membership.losses():
+            version = await self.membership.changed_since(version, timeout_s=60)
+        await self._give_up()
+
+    async def _give_up(self) -> NoReturn:
+        """Raise why this life ended. One death makes the others' exchanges fail, so all get a moment to speak."""
+        await asyncio.sleep(0.3)
+        # A checkpoint at fault explains everything; then a rank that fell silent; then who complained first.
+        member, loss = min(self.membership.losses(), key=lambda found: (not found[1].is_user_error, found[1].is_told))
+        raise _GangLostError(Loss(f"rank {member.rank}: {one_sentence(loss.message)}", loss.is_user_error))
+
+    async def _fence(self) -> None:
+        """No process of this epoch acts after this.
+
+        Raises:
+            TimeoutError: one could not be killed in time.
+        """
+        members = list(self.membership.members.values())
+        async with asyncio.timeout(self._config.fence_timeout_s):
+            await asyncio.gather(*(self._launcher.kill(member.rank, member.incarnation) for member in members))
+        for member in members:
+            if task := self._watchers.pop((member.rank, member.incarnation), None):
+                task.cancel()
+            self.membership.record_loss(member.rank, member.incarnation, Loss("fenced with the rest of the gang"))
+        if self._store is not None:
+            self._store.close()
+            self._store = None

@@ -1,0 +1,82 @@
+"""TCP ports of this machine: which are free, and saying so before anything is started."""
+
+import errno
+import socket
+
+from cluster.errors import UsageError
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Can a server listen there?
+
+    Raises:
+        UsageError: no; the sentence names the address and the command-line flag.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # A server that ended a moment ago leaves its port in TIME_WAIT, which is no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except socket.gaierror:
+        raise UsageError(
+            f"host: {host!r} is no address of this machine; use one such as 127.0.0.1 or 0.0.0.0"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"{flag}: port {port} of {host} is in use; end what listens there or give another"
+            ) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UsageError(f"host: {host} is no address of this machine") from None
+        raise UsageError(f"{flag}: cannot listen on {host}:{port} ({error.strerror}); give another port") from None
+
+
+def check_listens(address: str, flag: str, timeout_s: float = 5.0) -> None:
+    """Does anything listen at HOST:PORT?
+
+    Raises:
+        UsageError: no, or that is no address.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"{flag}: must be HOST:PORT or auto, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "no answer"
+        raise UsageError(f"{flag}: nothing can be reached at {address} ({reason}); is that Ray running?") from None
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports that were free a moment ago, all different."""
+    probes = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def free_port_range(count: int, host: str = "127.0.0.1") -> int:
+    """First of `count` ports in a row that were free a moment ago.
+
+    Raises:
+        UsageError: there are none.
+    """
+    for start in range(30000, 60000, count):
+        probes: list[socket.socket] = []
+        try:
+            for port in range(start, start + count):
+                probes.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                probes[-1].bind((host, port))
+            return start
+        except OSError:
+            continue
+        finally:
+            for probe in probes:
+                probe.close()
+    raise UsageError(f"this machine has no {count} free ports in a row between 30000 and 60000; end what holds them")

@@ -1,0 +1,221 @@
+"""The leader with fake ranks: forming a gang, deciding deaths, starting over, giving up, stopping."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.leader import Leader, LeaderConfig
+from protos import gang_pb2, gang_pb2_grpc
+from tests.unit.cluster.fake_gang import FakeLauncher, FakeRank, FakeStore
+from workers.config import EngineConfig, RankConfig
+from workers.errors import UserError
+from workers.model_config import ModelConfig
+
+MODEL = ModelConfig.from_dict(
+    {"model_type": "llama4_text", "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_local_experts": 128}
+)
+QUICK = LeaderConfig(
+    join_timeout_s=5, load_stall_timeout_s=5, restart_delay_s=0.01, stop_timeout_s=0.5, restarts=2, restart_window_s=60
+)
+
+
+class Gang:
+    def __init__(self, launcher: FakeLauncher, num_ranks: int, config: LeaderConfig) -> None:
+        self.launcher = launcher
+        self.stores: list[FakeStore] = []
+        self.leader = Leader(
+            "g1", "127.0.0.1", num_ranks, MODEL, EngineConfig(Path("/model")), config, launcher, self.open_store
+        )
+
+    def open_store(self, host: str) -> FakeStore:
+        self.stores.append(FakeStore(f"{host}:{9000 + len(self.stores)}"))
+        return self.stores[-1]
+
+    async def until(self, state: str, epoch: int = 0) -> gang_pb2.GangView:
+        """Watch over gRPC, as a router would."""
+        async with asyncio.timeout(10), grpc.aio.insecure_channel(self.leader.address) as channel:
+            async for view in gang_pb2_grpc.LeaderStub(channel).Watch(gang_pb2.WatchRequest(router_id="r")):
+                if view.state == state and view.epoch >= epoch:
+                    return view
+        raise AssertionError("the watch ended")
+
+
+@asynccontextmanager
+async def gang(launcher: FakeLauncher | None = None, num_ranks: int = 4, config: LeaderConfig = QUICK):
+    made = Gang(launcher or FakeLauncher(), num_ranks, config)
+    await made.leader.start()
+    try:
+        yield made
+    finally:
+        await made.leader.stop("test is over")
+
+
+async def test_forms_a_gang():
+    async with gang() as made:
+        view = await made.until("ready")
+        assert (view.gang_id, view.epoch, view.dtype) == ("g1", 1, "float32")
+        assert view.max_model_len == 997, "the least of any rank"
+        assert [(r.rank, r.incarnation, r.pid, r.state, r.experts) for r in view.ranks] == [
+            (rank, 1, 1000 + rank, "ready", 32) for rank in range(4)
+        ]
+        epoch = made.launcher.ranks[2, 1].epoch
+        assert epoch.store_address == made.stores[0].address
+        assert [member.address for member in epoch.members] == [f"127.0.0.1:{5000 + rank}" for rank in range(4)]
+        assert len(epoch.layers) == 2
+        assert all(len(layer.experts) == 128 for layer in epoch.layers)
+        assert made.launcher.launched[0].ranks_on_host == 4
+
+
+async def test_any_number_of_ranks_holds_every_expert():
+    async with gang(num_ranks=3) as made:
+        view = await made.until("ready")
+        assert [rank.experts for rank in view.ranks] == [43, 43, 42]
+
+
+async def test_ranks_on_several_hosts_share_only_their_own():
+    launcher = FakeLauncher(hosts=("127.0.0.1", "127.0.0.1", "127.0.0.2"))
+    async with gang(launcher, num_ranks=3) as made:
+        await made.until("ready")
+        assert [(c.host, c.ranks_on_host) for c in launcher.launched] == [
+            ("127.0.0.1", 2),
+            ("127.0.0.1", 2),
+            ("127.0.0.2", 1),
+        ]
+
+
+async def test_more_ranks_than_experts():
+    made = Gang(FakeLauncher(), 129, QUICK)
+    with pytest.raises(UserError, match="129 are more than the model's 128 experts"):
+        await made.leader.start()
+
+
+@pytest.mark.parametrize("death", ["crash", "told"])
+async def test_a_lost_rank_starts_the_gang_over(death: str):
+    async with gang() as made:
+        await made.until("ready")
+        launcher = made.launcher
+        if death == "crash":
+            launcher.crash(2, 1)
+        else:
+            launcher.ranks[2, 1].fail("a kernel failed")
+        starting = await made.until("starting", epoch=1)
+        assert "rank 2" in starting.detail
+        view = await made.until("ready", epoch=2)
+        assert view.epoch == 2
+        assert [rank.incarnation for rank in view.ranks] == [2, 2, 2, 2]
+        assert {(rank, 1) for rank in range(4)} <= set(launcher.killed), "fenced before the next epoch"
+        assert sorted(launcher.alive) == [(rank, 2) for rank in range(4)]
+        assert made.stores[0].closed
+        assert not made.stores[1].closed
+        assert launcher.ranks[0, 2].epoch.store_address == made.stores[1].address
+
+
+async def test_a_silent_rank_outweighs_its_peers_complaints():
+    async with gang() as made:
+        await made.until("ready")
+        made.launcher.ranks[0, 1].fail("the exchange with rank 3 failed")
+        made.launcher.crash(3, 1)
+        starting = await made.until("starting", epoch=1)
+        assert "rank 3" in starting.detail
+
+
+async def test_a_user_error_is_final():
+    launcher = FakeLauncher({(1, 1): "bad checkpoint"})
+    async with gang(launcher) as made:
+        view = await made.until("failed")
+        assert view.is_user_error
+        assert view.detail == "rank 1: model.safetensors: tensor lm_head.weight is missing"
+        assert len(launcher.launched) == 4, "not started again"
+        assert launcher.alive == []
+
+
+async def test_gives_up_after_bounded_restarts():
+    launcher = FakeLauncher()
+    async with gang(launcher) as made:
+        for epoch in (1, 2, 3):
+            await made.until("ready", epoch=epoch)
+            launcher.crash(0, epoch)
+        view = await made.until("failed")
+        assert not view.is_user_error
+        assert "rank 0" in view.detail
+        assert launcher.alive == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "sentence"), [("never joins", "joined the gang"), ("never ready", "loaded its weights")]
+)
+async def test_stages_are_bounded_and_name_the_rank(behaviour: str, sentence: str):
+    config = LeaderConfig(join_timeout_s=0.6, load_stall_timeout_s=0.6, restarts=0, stop_timeout_s=0.1)
+    launcher = FakeLauncher({(3, 1): behaviour})
+    async with gang(launcher, config=config) as made:
+        view = await made.until("failed")
+        assert view.detail == f"rank 3 has not {sentence} within 0.6 s"
+        assert launcher.alive == []
+
+
+async def test_bytes_read_extend_the_bound():
+    config = LeaderConfig(load_stall_timeout_s=0.6, restarts=0, stop_timeout_s=0.1)
+    launcher = FakeLauncher({(3, 1): "never ready"})
+    async with gang(launcher, config=config) as made:
+        started = time.monotonic()
+        while (3, 1) not in launcher.ranks or launcher.ranks[3, 1].epoch is None:
+            await asyncio.sleep(0.02)
+        slow = launcher.ranks[3, 1]
+        for read in range(4):
+            await asyncio.sleep(0.4)
+            slow.reports.put_nowait(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=100 + read)))
+        assert made.leader.membership.state == "starting"
+        await made.until("failed")
+        assert time.monotonic() - started > 2
+
+
+async def test_no_room_is_an_error_with_a_reason():
+    launcher = FakeLauncher(place_error=RuntimeError("the cluster has room for 2 of 4 ranks"))
+    async with gang(launcher, config=LeaderConfig(restarts=0)) as made:
+        view = await made.until("failed")
+        assert "room for 2 of 4" in view.detail
+
+
+async def test_an_old_incarnation_is_refused():
+    async with gang() as made:
+        await made.until("ready")
+        config = RankConfig("g1", 0, 0, made.leader.address, "127.0.0.1", 1, EngineConfig(Path("/model")))
+        late = FakeRank(config)
+        await asyncio.wait_for(late.run(), 5)
+        assert late.status == grpc.StatusCode.FAILED_PRECONDITION
+        twin = FakeRank(made.launcher.launched[0])
+        await asyncio.wait_for(twin.run(), 5)
+        assert twin.status == grpc.StatusCode.ALREADY_EXISTS
+        assert made.leader.membership.state == "ready"
+
+
+async def test_loads_reach_the_view():
+    async with gang() as made:
+        await made.until("ready")
+        load = gang_pb2.RankLoad(running=3, waiting=1, tokens_computed=77)
+        made.launcher.ranks[1, 1].reports.put_nowait(gang_pb2.RankReport(load=load))
+        while (view := await made.until("ready")).ranks[1].load.tokens_computed != 77:
+            await asyncio.sleep(0.02)
+        assert view.ranks[1].load.running == 3
+
+
+async def test_stop_asks_and_then_kills():
+    launcher = FakeLauncher({(1, 1): "never joins"})
+    made = Gang(launcher, 2, QUICK)
+    await made.leader.start()
+    while made.leader.membership.lacking(lambda member: member.joined is not None) != [1]:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
+    await made.leader.stop("shutting down")
+    assert time.monotonic() - started < 2
+    assert launcher.ranks[0, 1].stop_reason == "shutting down"
+    assert launcher.alive == []
+
+
+def test_bounds_are_checked():
+    with pytest.raises(UserError, match="join_timeout_s"):
+        LeaderConfig(join_timeout_s=0)
