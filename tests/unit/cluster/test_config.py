@@ -1,0 +1,109 @@
+"""Configuration of a deployment: flags over file over defaults, and what the user is told when it cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import load_config
+from cluster.errors import UsageError
+
+MODEL = Path("/models/maverick")
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "caravan.toml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults() -> None:
+    config = load_config({}, None, MODEL)
+    assert (config.serve.ranks, config.serve.dtype, config.engine.model_dir) == (4, "auto", MODEL)
+    assert (config.grpc_address, config.http_address) == ("127.0.0.1:9000", "127.0.0.1:8000")
+    assert config.metrics_address == "127.0.0.1:9400"
+    assert (config.router.grpc_port, config.router.http_port) == (9000, 8000)
+    assert config.router.model_dir == MODEL
+    assert config.router.host == "127.0.0.1"
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        [serve]
+        model = "weights"
+        ranks = 8
+        dtype = "bfloat16"
+        [engine]
+        block_size = 32
+        exchange_timeout_s = 5
+        [router]
+        model_name = "nano"
+        [gang]
+        restarts = 0
+        """,
+    )
+    config = load_config({"ranks": 2, "dtype": None}, file, MODEL)
+    assert config.serve.ranks == 2
+    assert config.engine.dtype == "bfloat16"
+    assert config.engine.model_dir == tmp_path / "weights", "relative to the file"
+    assert (config.engine.block_size, config.engine.exchange_timeout_s) == (32, 5.0)
+    assert config.router.model_name == "nano"
+    assert config.leader.restarts == 0
+
+
+def test_the_served_name(tmp_path: Path) -> None:
+    file = write(tmp_path, "[router]\nmodel_name = 'nano'")
+    assert load_config({}, None, MODEL).router.model_name == "maverick"
+    assert load_config({"model_name": "mav"}, None, MODEL).router.model_name == "mav"
+    assert load_config({"model_name": "mav"}, file, MODEL).router.model_name == "mav"
+
+
+def test_ipv6_host() -> None:
+    config = load_config({"host": "::1"}, None, MODEL)
+    assert config.grpc_address == "[::1]:9000"
+    assert config.router.host == "[::1]"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[engine]\nblok_size = 16", r"\[engine\]: unknown key 'blok_size'; did you mean 'block_size'"),
+        ("[serve]\ngrpc-port = 1", "unknown key 'grpc-port'; did you mean 'grpc_port'"),
+        ("[engine]\nmodel_dir = 'x'", "unknown key 'model_dir'"),
+        ("[engin]\nblock_size = 16", "unknown table 'engin'; did you mean 'engine'"),
+        ("ranks = 4", "unknown table 'ranks'"),
+        ("serve = 4", r"must be a table, written \[serve\]"),
+        ("[serve]\nranks = '4'", "ranks must be a whole number, got '4'"),
+        ("[serve]\nranks = true", "ranks must be a whole number, got True"),
+        ("[serve]\nranks = 0", "ranks: must be at least 1"),
+        ("[serve]\ndtype = 'int8'", "dtype: 'int8' is not one of"),
+        ("[serve]\ngrpc_port = 9400", "metrics-port: 9400 is the gRPC port too"),
+        ("[serve]\nhttp_port = 9000", "http-port: 9000 is the gRPC port too"),
+        ("[serve]\nmetrics_port = 8000", "metrics-port: 8000 is the HTTP port too"),
+        ("[serve]\nrouters = 0", "routers: must be at least 1"),
+        ("[router]\nhttp_port = 1", "unknown key 'http_port'"),
+        ("[serve]\ngrpc_port = 0", "grpc-port: must be a port from 1 to 65535"),
+        ("[serve]\nhost = ''", "host: must not be empty"),
+        ("[engine]\nblock_size = 0", "block_size: must be at least 1"),
+        ("[router]\nstream_stall_s = -1", "stream_stall_s"),
+        ("[gang]\njoin_timeout_s = 0", "join_timeout_s: must be positive"),
+        ("[serve\n", "is not valid TOML"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError, match=says) as caught:
+        load_config({}, file, MODEL)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such configuration file"):
+        load_config({}, tmp_path / "none.toml", MODEL)
+
+
+def test_no_model() -> None:
+    with pytest.raises(UsageError, match="--model"):
+        load_config({}, None)
