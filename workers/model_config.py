@@ -1,6 +1,7 @@
 """Shape of a Llama 4 text model, read from a checkpoint's config.json. No torch here: the command line reads it too."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class ModelConfig:
         theta, scaling = _rope(text, where)
         if eos_token_id is None:
             eos_token_id = text.get("eos_token_id")
-        eos = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+        eos = _Reader({"eos_token_id": eos_token_id}, where).integers("eos_token_id") or []
         dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return cls(
             vocab_size=read.positive("vocab_size", 202048),
@@ -117,21 +118,21 @@ class ModelConfig:
             dense_mlp_size=read.positive("intermediate_size_mlp", 16384),
             num_experts=num_experts,
             experts_per_token=experts_per_token,
-            moe_layers=_moe_layers(text, num_layers, read.positive("interleave_moe_layer_step", 1), where),
-            rope_layers=_rope_layers(text, num_layers, read.positive("no_rope_layer_interval", 4), where),
-            chunk_size=min(text.get("attention_chunk_size", 8192) or max_position, max_position),
+            moe_layers=_moe_layers(read, num_layers, read.positive("interleave_moe_layer_step", 1)),
+            rope_layers=_rope_layers(read, num_layers, read.positive("no_rope_layer_interval", 4)),
+            chunk_size=min(_chunk_size(text, read) or max_position, max_position),
             rope_theta=theta,
             rope_scaling=scaling,
             use_qk_norm=bool(text.get("use_qk_norm", True)),
             # The published configurations store 4 or true; absent means on.
             attn_temperature_tuning=bool(text.get("attn_temperature_tuning", True)),
             floor_scale=read.positive("floor_scale", 8192),
-            attn_scale=float(text.get("attn_scale", 0.1)),
-            rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
+            attn_scale=read.number("attn_scale", 0.1),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-5),
             attention_bias=bool(text.get("attention_bias", False)),
             tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
             max_position_embeddings=max_position,
-            eos_token_ids=tuple(int(token) for token in eos),
+            eos_token_ids=tuple(eos),
             dtype=dtype if dtype in ("float32", "bfloat16") else "bfloat16",
         )
 
@@ -147,6 +148,23 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self.where}: {name} must be a positive integer, got {value!r}")
         return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.text.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise UserError(f"{self.where}: {name} must be a number, got {value!r}")
+        return float(value)
+
+    def integers(self, name: str) -> list[int] | None:
+        """A list, of one where there is a single integer; None where there is nothing."""
+        value = self.text.get(name)
+        if value is None:
+            return None
+        values: list[Any] = value if isinstance(value, list) else [value]
+        if any(not isinstance(item, int) for item in values):
+            raise UserError(f"{self.where}: {name} must be a list of integers, got {value!r}")
+        return values
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -164,37 +182,45 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _moe_layers(text: dict[str, Any], num_layers: int, step: int, where: str) -> tuple[int, ...]:
-    listed = text.get("moe_layers")
+def _chunk_size(text: dict[str, Any], read: _Reader) -> int | None:
+    # Absent means 8192, null no chunks at all.
+    return None if text.get("attention_chunk_size", 8192) is None else read.positive("attention_chunk_size", 8192)
+
+
+def _moe_layers(read: _Reader, num_layers: int, step: int) -> tuple[int, ...]:
+    listed = read.integers("moe_layers")
     layers = list(range(step - 1, num_layers, step)) if listed is None else sorted(set(listed))
-    if any(not isinstance(layer, int) or not 0 <= layer < num_layers for layer in layers):
-        raise UserError(f"{where}: moe_layers names a layer outside 0 to {num_layers - 1}: {listed}")
+    if any(not 0 <= layer < num_layers for layer in layers):
+        raise UserError(f"{read.where}: moe_layers names a layer outside 0 to {num_layers - 1}: {listed}")
     return tuple(layers)
 
 
-def _rope_layers(text: dict[str, Any], num_layers: int, interval: int, where: str) -> tuple[bool, ...]:
+def _rope_layers(read: _Reader, num_layers: int, interval: int) -> tuple[bool, ...]:
     # An empty list means the default, as in the reference implementation.
-    listed = text.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    listed = read.integers("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if len(listed) < num_layers:
-        raise UserError(f"{where}: no_rope_layers has {len(listed)} entries for {num_layers} layers")
+        raise UserError(f"{read.where}: no_rope_layers has {len(listed)} entries for {num_layers} layers")
     return tuple(bool(use_rope) for use_rope in listed[:num_layers])
 
 
 def _rope(text: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one dictionary; the published checkpoints keep theta apart and call the rest rope_scaling.
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or text.get("rope_theta") or 500000.0)
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters and rope_scaling must be objects, got {rope!r}")
+    read = _Reader({"rope_theta": text.get("rope_theta"), **rope}, where)
+    theta = read.number("rope_theta", 500000.0)
+    if theta <= 0:
+        raise UserError(f"{where}: rope_theta must be positive, got {theta}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UserError(f"{where}: rope_type {kind!r} is not supported; Llama 4 uses default and llama3")
-    try:
-        return theta, RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as missing:
-        raise UserError(f"{where}: rope_type llama3 needs {missing.args[0]!r}") from None
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [name for name in names if name not in rope]:
+        raise UserError(f"{where}: rope_type llama3 needs {missing[0]!r}")
+    factor, low, high = (read.number(name, 1.0) for name in names[:3])
+    if min(factor, low, high) <= 0:
+        raise UserError(f"{where}: the factors of rope_type llama3 must be positive")
+    return theta, RopeScaling(factor, low, high, read.positive(names[3], 8192))

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from workers.philox import uniforms
-from workers.sequence import Logprobs, Sample, Sequence
+from workers.sequence import Logprobs, Sample, SamplingParams, Sequence
+
+# Below it float32 sees no difference from greedy.
+_LEAST_TEMPERATURE = 1e-10
 
 
 @torch.inference_mode()
@@ -23,11 +26,14 @@ def sample(logits_SV: Tensor, sequences: Rows[Sequence]) -> list[Sample]:
     adjusted_SV = _adjust(logits_SV, sequences)
     token_S = adjusted_SV.argmax(dim=-1)
     random_rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    if random_rows:
-        token_S[random_rows] = _draw(adjusted_SV[random_rows], [sequences[row] for row in random_rows])
+    # Apart, or a batch-mate's filter would change the order in which the others' probabilities are summed.
+    for is_sorted in (False, True):
+        group = [row for row in random_rows if _needs_sorting(sequences[row].sampling) == is_sorted]
+        if group:
+            token_S[group] = _draw(adjusted_SV[group], [sequences[row] for row in group], is_sorted)
     tokens = token_S.tolist()
-    logprobs = _logprobs(logits_SV, sequences, tokens)
-    return [Sample(token, of_row) for token, of_row in zip(tokens, logprobs, strict=True)]
+    rows = zip(tokens, _chosen_logprobs(logits_SV, sequences, tokens), strict=True)
+    return [Sample(token, of_row) for token, of_row in rows]
 
 
 def _adjust(logits_SV: Tensor, sequences: Rows[Sequence]) -> Tensor:
@@ -44,7 +50,9 @@ def _adjust(logits_SV: Tensor, sequences: Rows[Sequence]) -> Tensor:
     for row in penalized:
         _penalize(logits_SV[row], sequences[row])
     for row in held_open:
-        logits_SV[row, sorted(sequences[row].stop_token_ids)] = -torch.inf
+        # A checkpoint may name end-of-text tokens that its vocabulary does not hold.
+        in_vocabulary = [token for token in sequences[row].stop_token_ids if token < logits_SV.shape[-1]]
+        logits_SV[row, in_vocabulary] = -torch.inf
     return logits_SV
 
 
@@ -61,15 +69,20 @@ def _penalize(logits_V: Tensor, sequence: Sequence) -> None:
         logits_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _draw(logits_SV: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _needs_sorting(sampling: SamplingParams) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1.0
+
+
+def _draw(logits_SV: Tensor, sequences: Rows[Sequence], is_sorted: bool) -> Tensor:
     """One token a row by inverting the distribution's cumulative sum at the row's own random number: [S] int64."""
     device = logits_SV.device
     params = [sequence.sampling for sequence in sequences]
-    temperature_S1 = torch.tensor([[p.temperature] for p in params], dtype=torch.float32, device=device)
-    probs_SV = torch.softmax(logits_SV / temperature_S1, dim=-1)
+    temperature_S1 = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params], device=device)
+    # Less the largest first: a logit divided by a small temperature could overflow.
+    probs_SV = torch.softmax((logits_SV - logits_SV.amax(dim=-1, keepdim=True)) / temperature_S1, dim=-1)
     # Without a filter there is nothing to sort for.
     order_SV = None
-    if any(p.top_k or p.top_p < 1.0 for p in params):
+    if is_sorted:
         probs_SV, order_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
         probs_SV = _top_p(_top_k(probs_SV, [p.top_k for p in params]), [p.top_p for p in params])
     if any(p.min_p for p in params):
@@ -99,16 +112,19 @@ def _top_p(sorted_SV: Tensor, top_p: list[float]) -> Tensor:
     return sorted_SV.where((before_SV < top_p_S1) | (top_p_S1 >= 1.0), 0.0)
 
 
-def _logprobs(logits_SV: Tensor, sequences: Rows[Sequence], tokens: list[int]) -> list[Logprobs | None]:
-    """Of the model's own distribution, before penalties and temperature."""
+def _chosen_logprobs(logits_SV: Tensor, sequences: Rows[Sequence], tokens: list[int]) -> list[Logprobs | None]:
     result: list[Logprobs | None] = [None] * len(sequences)
-    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-    if not rows:
-        return result
-    logprobs_SV = torch.log_softmax(logits_SV[rows], dim=-1)
-    for row, logprobs_V in zip(rows, logprobs_SV, strict=True):
-        count = sequences[row].sampling.logprobs or 0
-        values, ids = logprobs_V.topk(count)
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        result[row] = Logprobs((tokens[row], float(logprobs_V[tokens[row]])), top)
+    for row, sequence in enumerate(sequences):
+        if sequence.sampling.logprobs is not None:
+            result[row] = logprobs(logits_SV[row : row + 1], tokens[row : row + 1], sequence.sampling.logprobs)[0]
     return result
+
+
+@torch.inference_mode()
+def logprobs(logits_SV: Tensor, tokens: Rows[int], count: int) -> list[Logprobs]:
+    """Of each row's token and its `count` likeliest ones, by the model's own distribution: before any penalty."""
+    logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+    chosen_S = logprobs_SV.gather(-1, torch.tensor(tokens, device=logits_SV.device)[:, None]).squeeze(-1)
+    values_SK, ids_SK = logprobs_SV.topk(min(count, logits_SV.shape[-1]), dim=-1)
+    rows = zip(tokens, chosen_S.tolist(), ids_SK.tolist(), values_SK.tolist(), strict=True)
+    return [Logprobs((token, value), list(zip(ids, values, strict=True))) for token, value, ids, values in rows]

@@ -177,7 +177,9 @@ def _pack(x_RD: Tensor, expert_R: Tensor) -> Tensor:
 
 def _unpack(messages_SB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x_SD = messages_SB[:, :-_EXPERT_BYTES].contiguous().view(dtype)
-    return x_SD, messages_SB[:, -_EXPERT_BYTES:].contiguous().view(torch.int64).squeeze(1)
+    # A copy even of a single row, which is contiguous already: its bytes may begin where no int64 can.
+    expert_SB = messages_SB[:, -_EXPERT_BYTES:].clone(memory_format=torch.contiguous_format)
+    return x_SD, expert_SB.view(torch.int64).squeeze(1)
 
 
 def _new_group(store: Any, index: int, size: int, host: str, device: torch.device, timeout: timedelta) -> Any:
