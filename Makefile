@@ -10,8 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs \
-        format stubs wheel hooks clean venv
+.PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs check-contract \
+        fuzz bench-router format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -29,7 +29,13 @@ test: $(READY) ## all tests that need no GPU
 test-unit: $(READY) ## only tests/unit: no Ray, no network, under a minute
 	$(BIN)/python -m pytest tests/unit -m "not gpu" --durations=15 $(ARGS)
 
-check: check-format check-lint check-types check-floors check-stubs ## everything CI checks before the tests
+fuzz: $(READY) ## 10,000 random requests on both doors of a router (ARGS="--requests 50000")
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+bench-router: $(READY) ## messages a second through a router, beside a bare gRPC server
+	$(BIN)/python -m tests.bench_router $(ARGS)
+
+check: check-format check-lint check-types check-floors check-stubs check-contract ## everything CI checks before the tests
 
 check-format: $(READY) ## ruff: is the code formatted
 	$(BIN)/ruff format --check
@@ -45,6 +51,9 @@ check-floors: $(READY) ## import-linter: imports point down
 
 check-stubs: $(READY) ## are the committed gRPC stubs those of the .proto files
 	$(BIN)/python protos/generate.py --check
+
+check-contract: $(READY) ## does caravan.v1 only add to the last release's
+	$(BIN)/python -m protos.breaking
 
 format: $(READY) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format

@@ -52,19 +52,22 @@ def make_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="start a server in the foreground",
-        description="Start a server in the foreground. It prints one line, `ready grpc=HOST:PORT metrics=HOST:PORT`, "
-        "when it can answer, and ends with every process it started on Ctrl-C or SIGTERM.",
+        description="Start a server in the foreground. It prints one line, `ready grpc=HOST:PORT http=HOST:PORT "
+        "metrics=HOST:PORT`, when it can answer, and ends with every process it started on Ctrl-C or SIGTERM.",
     )
     # No defaults here: what is not given comes from the configuration file, and only then from cluster.config.
     serve.add_argument(
         "--model", type=Path, metavar="DIR", help="folder of a Hugging Face checkpoint (default: a small model)"
     )
+    serve.add_argument("--model-name", metavar="NAME", help="name clients ask for (default: the folder's)")
     serve.add_argument("--ranks", type=_whole_number(1), metavar="N", help="expert-parallel ranks (default 4)")
     serve.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), help="computation type (default auto: the checkpoint's)"
     )
+    serve.add_argument("--routers", type=_whole_number(1), metavar="N", help="router processes (default 1)")
     serve.add_argument("--host", help="address to answer on (default 127.0.0.1)")
     serve.add_argument("--grpc-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9000)")
+    serve.add_argument("--http-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 8000)")
     serve.add_argument("--metrics-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9400)")
     serve.add_argument("--ray-address", metavar="ADDRESS", help="a running Ray to join (default: start one)")
     serve.add_argument("--config", type=Path, metavar="FILE.toml", help="tables [serve], [engine], [router] and [gang]")

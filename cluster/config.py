@@ -16,7 +16,12 @@ from workers.config import DTYPES, EngineConfig
 from workers.errors import UserError
 
 DEFAULT_GRPC_PORT = 9000
+DEFAULT_HTTP_PORT = 8000
 DEFAULT_METRICS_PORT = 9400
+
+
+# Of RouterConfig, what table [serve] says.
+ROUTER_HIDDEN = ("model_dir", "host", "grpc_port", "http_port")
 
 
 @dataclass(frozen=True)
@@ -29,34 +34,43 @@ class ServeTable:
 
     model: Path | None = None
     """Folder of a Hugging Face checkpoint; without one, the model that comes with Caravan."""
+    model_name: str = ""
+    """Name that clients ask for; empty: the folder's."""
     ranks: int = 4
     """Expert-parallel ranks of the gang."""
+    routers: int = 1
+    """Router processes; those of one host share its ports."""
     dtype: str = "auto"
     """"auto" (the checkpoint's own), "float32" or "bfloat16"."""
     host: str = "127.0.0.1"
     """Address on which clients and Prometheus are answered."""
     grpc_port: int = DEFAULT_GRPC_PORT
+    http_port: int = DEFAULT_HTTP_PORT
     metrics_port: int = DEFAULT_METRICS_PORT
     ray_address: str = ""
     """A running Ray to join (HOST:PORT or "auto"); empty: start one and end it with the server."""
 
     def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise UserError(f"ranks: must be at least 1, got {self.ranks}")
+        for name in ("ranks", "routers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        for name in ("grpc_port", "metrics_port"):
+        for name in ("grpc_port", "http_port", "metrics_port"):
             if not 1 <= getattr(self, name) <= 65535:
                 raise UserError(f"{name.replace('_', '-')}: must be a port from 1 to 65535, got {getattr(self, name)}")
-        if self.grpc_port == self.metrics_port:
-            raise UserError(f"metrics-port: {self.metrics_port} is the gRPC port too; give another one")
+        if self.grpc_port == self.http_port:
+            raise UserError(f"http-port: {self.http_port} is the gRPC port too; give another one")
+        for other, port in (("gRPC", self.grpc_port), ("HTTP", self.http_port)):
+            if port == self.metrics_port:
+                raise UserError(f"metrics-port: {port} is the {other} port too; give another one")
         if not self.host:
             raise UserError("host: must not be empty; give an address of this machine, such as 127.0.0.1 or 0.0.0.0")
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A deployment: one gang behind one router."""
+    """A deployment: one gang behind its routers."""
 
     serve: ServeTable
     engine: EngineConfig
@@ -67,6 +81,11 @@ class ServeConfig:
     def grpc_address(self) -> str:
         """HOST:PORT of the gRPC front door."""
         return join_address(self.serve.host, self.serve.grpc_port)
+
+    @property
+    def http_address(self) -> str:
+        """HOST:PORT of the HTTP front door."""
+        return join_address(self.serve.host, self.serve.http_port)
 
     @property
     def metrics_address(self) -> str:
@@ -104,12 +123,18 @@ def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path
             raise UsageError("model: none given; name a checkpoint's folder with --model")
         model = model.expanduser().absolute()
         engine = _values(EngineConfig, tables.get("engine", {}), f"{file}, [engine]", hidden=("model_dir", "dtype"))
-        router = _values(RouterConfig, tables.get("router", {}), f"{file}, [router]", hidden=("model_dir", "host"))
+        router = _values(RouterConfig, tables.get("router", {}), f"{file}, [router]", hidden=ROUTER_HIDDEN)
         leader = _values(LeaderConfig, tables.get("gang", {}), f"{file}, [gang]", hidden=())
         return ServeConfig(
             serve=dataclasses.replace(serve, model=model),
             engine=EngineConfig(model_dir=model, dtype=serve.dtype, **engine),
-            router=RouterConfig(model_dir=model, host=join_address(serve.host, 0).removesuffix(":0"), **router),
+            router=RouterConfig(
+                model_dir=model,
+                host=join_address(serve.host, 0).removesuffix(":0"),
+                grpc_port=serve.grpc_port,
+                http_port=serve.http_port,
+                **router | ({"model_name": serve.model_name} if serve.model_name else {}),
+            ),
             leader=LeaderConfig(**leader),
         )
     except (UserError, RouterConfigError) as error:
@@ -147,6 +172,10 @@ def _values(kind: type, table: Mapping[str, Any], where: str, hidden: Collection
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where} must be a table, got {value!r}")
+        return {key: _convert(one, get_args(kind)[1], f"{where}.{key}") for key, one in value.items()}
     if get_origin(kind) is not None or type(kind).__name__ == "UnionType":
         kind = next(option for option in get_args(kind) if option is not type(None))
     if kind is Path and isinstance(value, str):

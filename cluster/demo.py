@@ -167,8 +167,8 @@ def _server(arguments: list[str]) -> Iterator[str]:
     Raises:
         ServerError: it did not start.
     """
-    grpc_port, metrics_port = free_ports(2)
-    ports = ["--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
+    grpc_port, http_port, metrics_port = free_ports(3)
+    ports = ["--grpc-port", str(grpc_port), "--http-port", str(http_port), "--metrics-port", str(metrics_port)]
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "serve", *arguments, *ports], stdout=subprocess.PIPE, text=True
     )

@@ -84,7 +84,7 @@ class Membership:
         if epoch <= self.epoch:
             raise ValueError(f"epochs only grow: {epoch} after {self.epoch}")
         self.epoch = epoch
-        self.state = STARTING
+        self.state, self.detail = STARTING, ""
         self.members = {rank: Member(rank, incarnation) for rank, incarnation in incarnations.items()}
         self.notify()
 

@@ -59,24 +59,3 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     finally:
         for probe in probes:
             probe.close()
-
-
-def free_port_range(count: int, host: str = "127.0.0.1") -> int:
-    """First of `count` ports in a row that were free a moment ago.
-
-    Raises:
-        UsageError: there are none.
-    """
-    for start in range(30000, 60000, count):
-        probes: list[socket.socket] = []
-        try:
-            for port in range(start, start + count):
-                probes.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-                probes[-1].bind((host, port))
-            return start
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-    raise UsageError(f"this machine has no {count} free ports in a row between 30000 and 60000; end what holds them")

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from cluster.errors import ServerError, UsageError, one_sentence
 from cluster.processes import adopt_orphans, end_descendants
@@ -42,7 +41,6 @@ class RayRuntime:
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="caravan-", dir="/tmp"))
-        self._ray: ModuleType | None = None
 
     @property
     def is_own(self) -> bool:
@@ -61,10 +59,10 @@ class RayRuntime:
             # Whoever reaches this Ray's ports may run code as this user, so they must know the token.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         os.environ["PYTHONPATH"] = _python_path()
-        self._ray = importlib.import_module("ray")
+        ray = importlib.import_module("ray")
         try:
             if self.is_own:
-                self._ray.init(
+                ray.init(
                     address="local",
                     namespace=NAMESPACE,
                     num_cpus=self.num_cpus,
@@ -78,9 +76,7 @@ class RayRuntime:
                     _system_config={"prestart_worker_first_driver": False},
                 )
             else:
-                self._ray.init(
-                    address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-                )
+                ray.init(address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             if self.is_own:
                 raise ServerError(f"Ray did not start: {one_sentence(error, 300)}") from error
@@ -101,11 +97,10 @@ class RayRuntime:
         return kept
 
     def stop(self) -> None:
-        """Leave Ray, and end a Ray of our own with every process of it, within about 5 s. Stopping twice is fine."""
-        if self._ray is not None and not self.is_own:
-            within(3.0, self._ray.shutdown)
+        """End a Ray of our own with every process of it, within about 5 s. This process must end next."""
+        # Ray's own shutdown is left out. It tells its processes in turn and waits, where nothing has anything to save;
+        # and a thread that still uses Ray after it takes this process down at once. A Ray that lives on notices itself.
         if self.is_own:
-            # Ray's own shutdown tells each of its processes in turn and waits; nothing here has anything to save.
             left = end_descendants(grace_s=1.0, bound_s=5.0)
             if left:
                 print(f"caravan: processes {left} could not be ended", file=sys.stderr)
@@ -134,6 +129,8 @@ def _quiet_environment() -> None:
         RAY_DEDUP_LOGS="0",
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_DISABLE_DOCKER_CPU_WARNING="1",
+        # A call too many must not start another Ray.
+        RAY_ENABLE_AUTO_CONNECT="0",
         # Signals are this process's own business.
         RAY_DISABLE_FAILURE_SIGNAL_HANDLER="1",
     )

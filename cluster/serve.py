@@ -27,7 +27,7 @@ from cluster.display import LoadingDisplay
 from cluster.errors import CommandError, ExitCode, ServerError, UsageError, one_sentence, report
 from cluster.metrics_endpoint import MetricsEndpoint
 from cluster.placement import check_ranks
-from cluster.ports import check_listens, check_port, free_port_range
+from cluster.ports import check_listens, check_port
 from cluster.ray_runtime import RayRuntime
 from cluster.state_file import running_servers, this_server, write_state
 from protos import gang_pb2, gang_pb2_grpc
@@ -40,8 +40,19 @@ from workers.checkpoint_check import check_checkpoint
 from workers.errors import UserError
 from workers.model_config import ModelConfig
 
-# Router replicas open an HTTP port each, and a replaced one its successor's beside it.
-HTTP_PORTS = 16
+# Flags that are keys of table [serve] too.
+SERVE_FLAGS = (
+    "model",
+    "model_name",
+    "ranks",
+    "routers",
+    "dtype",
+    "host",
+    "grpc_port",
+    "http_port",
+    "metrics_port",
+    "ray_address",
+)
 LEADER_SILENCE_S = 60.0
 ROUTER_READY_S = 60.0
 DEPLOY_BOUND_S = 180.0
@@ -67,10 +78,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         UsageError: the input cannot work; nothing has been started.
     """
     config = load_config(
-        {
-            name: getattr(arguments, name)
-            for name in ("model", "ranks", "dtype", "host", "grpc_port", "metrics_port", "ray_address")
-        },
+        {name: getattr(arguments, name) for name in SERVE_FLAGS},
         arguments.config,
         default_model_dir(),
     )
@@ -78,14 +86,16 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         ensure_default_model()
     check(config)
     runtime = RayRuntime(config.serve.ray_address, config.serve.ranks + SPARE_CPUS)
-    terminal = divert_stderr(runtime.folder / "stderr.log")
+    stdout, stderr = divert_output(runtime.folder / "output.log")
     try:
-        code = _Server(config, runtime, LoadingDisplay(Console(file=terminal))).run()
-    except CommandError as error:
-        report(error, terminal)
-        code = error.exit_code
-    sys.stdout.flush()
-    terminal.flush()
+        code = _Server(config, runtime, LoadingDisplay(Console(file=stderr)), stdout).run()
+    except Exception as error:
+        known = error if isinstance(error, CommandError) else ServerError(f"the server failed: {error!r}")
+        report(known, stderr)
+        code = known.exit_code
+    with contextlib.suppress(BrokenPipeError):
+        stdout.flush()
+        stderr.flush()
     # Threads of Ray and gRPC may still be about, though no process of theirs: they have no say in how this one ends.
     os._exit(code)
 
@@ -111,27 +121,33 @@ def check(config: ServeConfig) -> None:
                 f"{other.address}`, or give another port"
             )
     check_port(config.serve.host, config.serve.grpc_port, "grpc-port")
+    check_port(config.serve.host, config.serve.http_port, "http-port")
     check_port(config.serve.host, config.serve.metrics_port, "metrics-port")
     if config.serve.ray_address not in ("", "auto"):
         check_listens(config.serve.ray_address, "ray-address")
 
 
-def divert_stderr(log: Path) -> TextIO:
-    """Ray and gRPC write to stderr as they please, from Python and from C++, until this process's last moment: from
-    here on to `log`. What is returned goes where stderr went."""
-    sys.stderr.flush()
-    terminal = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    sys.stderr = log.open("a", buffering=1, encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), 2)
-    return terminal
+def divert_output(log: Path) -> tuple[TextIO, TextIO]:
+    """Ray and gRPC write to stdout and stderr as they please, from Python and from C++, until this process's last
+    moment: from here on to `log`. What is returned goes where stdout and stderr went."""
+    own = []
+    file = log.open("a", buffering=1, encoding="utf-8")
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        own.append(os.fdopen(os.dup(number), "w", buffering=1, encoding=stream.encoding, errors="backslashreplace"))
+        os.dup2(file.fileno(), number)
+    sys.stdout = sys.stderr = file
+    return own[0], own[1]
 
 
 class _Server:
-    def __init__(self, config: ServeConfig, runtime: RayRuntime, display: LoadingDisplay) -> None:
+    def __init__(self, config: ServeConfig, runtime: RayRuntime, display: LoadingDisplay, stdout: TextIO) -> None:
         self._config = config
         self._runtime = runtime
         self._display = display
+        self._stdout = stdout
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._ending = threading.Event()
         # Of cluster.deployment, which only the serving thread imports.
         self._deployment: Any = None
 
@@ -146,6 +162,7 @@ class _Server:
             state_file = write_state(this_server(self._config.grpc_address, self._config.metrics_address))
             return self._run(metrics_folder)
         finally:
+            self._ending.set()
             # More signals from here on only queue up: the end is bounded, and cut short it would leave processes.
             self._display.close()
             if self._deployment is not None and not self._runtime.is_own:
@@ -166,7 +183,9 @@ class _Server:
             if event == _Stage.READY:
                 is_ready = True
                 self._display.close()
-                print(f"ready grpc={self._config.grpc_address} metrics={self._config.metrics_address}", flush=True)
+                config = self._config
+                ready = f"grpc={config.grpc_address} http={config.http_address} metrics={config.metrics_address}"
+                print(f"ready {ready}", file=self._stdout, flush=True)
         if isinstance(event, CommandError):
             if event.exit_code == ExitCode.SERVER_FAILURE and (logs := self._runtime.keep_logs()):
                 raise ServerError(f"{event}; logs are in {logs}")
@@ -191,9 +210,7 @@ class _Server:
             self._runtime.start()
             # Imports Ray and torch, which takes seconds.
             deployment = importlib.import_module("cluster.deployment")
-            port = self._config.serve.grpc_port
-            env = deployment.serve_environment(port, free_port_range(HTTP_PORTS), HTTP_PORTS)
-            self._deployment = deployed = deployment.Deployment(self._config, env, metrics_folder)
+            self._deployment = deployed = deployment.Deployment(self._config, metrics_folder)
             self._display.stage("starting the router and the gang's leader")
             deployed.start()
             self._events.put(_Stage.DEPLOYED)
@@ -205,10 +222,10 @@ class _Server:
         threading.Event().wait()
 
     def _watch(self, deployment: Any) -> None:
-        """Follow the gang; returns never, raises CommandError once it has failed for good."""
+        """Follow the gang; raises CommandError once it has failed for good."""
         is_announced = False
         heard = time.monotonic()
-        while True:
+        while not self._ending.is_set():
             try:
                 address = deployment.leader_address()
                 with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -221,7 +238,10 @@ class _Server:
                             self._events.put(_Stage.READY)
                             is_announced = True
             except (grpc.RpcError, ServerError) as error:
+                if self._ending.is_set():
+                    return
                 # Serve starts a new leader when one dies.
+                self._display.note("the gang's leader is gone; waiting for the next")
                 if time.monotonic() - heard > LEADER_SILENCE_S:
                     raise ServerError(f"the gang's leader has been gone for {LEADER_SILENCE_S:g} s ({error})") from None
             time.sleep(0.5)

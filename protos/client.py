@@ -1,19 +1,34 @@
-"""A small client: needs grpcio and protobuf, nothing of a server.
+"""A small client: needs grpcio, protobuf and googleapis-common-protos, nothing of a server.
 
 with Client("127.0.0.1:9000") as client:
     for response in client.generate(make_request("Once upon a time", max_tokens=64)):
         print(response.text, end="", flush=True)
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import uuid
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
 import grpc
 
 from protos import inference_pb2, inference_pb2_grpc
+from protos.completion import Completion, add_response, finish_reason_name
 from protos.errors import CaravanError
+from protos.requests import make_request
+from protos.retries import NO_RETRIES, Patience, Retries
+from protos.status_details import retry_after_s
+
+__all__ = [
+    "NO_RETRIES",
+    "Client",
+    "Completion",
+    "Retries",
+    "add_response",
+    "finish_reason_name",
+    "make_request",
+]
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -22,107 +37,40 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
+    # A stream that broke is to be resumed soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Two clients of one process are two connections.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
-
-
-@dataclass
-class Completion:
-    """A whole answer."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    """Of the output."""
-    logprobs: list[inference_pb2.PositionLogprobs] = field(default_factory=list)
-    """One entry a token, when asked for."""
-    prompt_logprobs: list[inference_pb2.PositionLogprobs] = field(default_factory=list)
-    """One entry a prompt token but the first, when asked for."""
-    finish_reason: str = ""
-    """"stop", "length", "abort" or "error"."""
-    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
-    request_id: str = ""
-    seed: int = 0
-
-
-def finish_reason_name(reason: inference_pb2.FinishReason.ValueType) -> str:
-    """ "stop" for FINISH_REASON_STOP, and so on; empty for FINISH_REASON_UNSPECIFIED."""
-    if reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
-        return ""
-    return inference_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
-
-
-def make_request(
-    prompt: str | Sequence[int],
-    *,
-    model: str = "",
-    request_id: str = "",
-    max_tokens: int | None = None,
-    min_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    presence_penalty: float | None = None,
-    frequency_penalty: float | None = None,
-    seed: int | None = None,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
-    stop: Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-) -> inference_pb2.GenerateRequest:
-    """A GenerateRequest; what is None takes the server's default.
-
-    Args:
-        prompt: text, or token ids used as given.
-        model, ...: as in protos/inference.proto.
-
-    Raises:
-        ValueError: a number does not fit its field, such as a negative count.
-        TypeError: a value is of another type than its field.
-    """
-    request = inference_pb2.GenerateRequest(
-        model=model,
-        request_id=request_id,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        stop=stop,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-        request.token_ids.SetInParent()
-    return request
+BROKEN = (inference_pb2.FINISH_REASON_ERROR, inference_pb2.FINISH_REASON_ABORT)
+DEFAULT_RETRIES = Retries()
 
 
 class Client:
     """One connection to a server. May be used from several threads.
 
     Every method raises CaravanError with the server's status and sentence; with UNAVAILABLE when nothing answers.
+    What failed before its first token is sent again where that may help, and a resumable stream that breaks is resumed.
 
     Args:
-        address: HOST:PORT.
+        address: HOST:PORT; also any other target of gRPC, such as ipv4:10.0.0.1:9000,10.0.0.2:9000.
         connect_timeout_s: seconds to wait for the first answer.
-        timeout_s: seconds a call other than `generate` may take.
+        timeout_s: seconds a call other than those that generate may take.
+        retries: how often and how long to try again.
     """
 
-    def __init__(self, address: str, connect_timeout_s: float = 5.0, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        connect_timeout_s: float = 5.0,
+        timeout_s: float = 30.0,
+        retries: Retries = DEFAULT_RETRIES,
+    ) -> None:
         self.address = address
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
+        self._retries = retries
         self._is_connected = False
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
@@ -159,20 +107,37 @@ class Client:
     def generate(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
     ) -> Iterator[inference_pb2.GenerateResponse]:
-        """Streams the continuation of a prompt. Closing the iterator cancels the request.
+        """Streams the continuation of a prompt. Closing the iterator cancels the request, also a resumable one.
 
         Args:
             request: see make_request.
-            timeout_s: seconds until the server gives up; None: no bound but the server's.
+            timeout_s: seconds in all, trying again included; None: no bound but the server's.
         """
         self.connect()
-        call = self._inference.Generate(request, timeout=timeout_s)
+        request = _with_id(request)
+        if request.resumable and timeout_s is not None and timeout_s > 0 and not request.HasField("timeout_s"):
+            request.timeout_s = timeout_s  # It would go on without us.
+        patience = Patience(self._retries, timeout_s)
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise _caravan_error(error) from error
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+            while not (yield from self._attempt(request, patience)):
+                pass
+        except GeneratorExit:
+            if request.resumable:  # Without a word the server would go on and wait for us.
+                with contextlib.suppress(CaravanError):
+                    self.cancel(request.request_id, request.tenant)
+            raise
+
+    def generate_once(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None) -> Completion:
+        """Generates and gets the whole answer in one message.
+
+        Args:
+            request: see make_request.
+            timeout_s: seconds in all, trying again included; None: no bound but the server's.
+        """
+        completion = Completion()
+        patience = Patience(self._retries, timeout_s)
+        add_response(completion, self._call(self._inference.GenerateOnce, _with_id(request), patience))
+        return completion
 
     def complete(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None) -> Completion:
         """Generates and collects the whole answer."""
@@ -180,6 +145,12 @@ class Client:
         for response in self.generate(request, timeout_s):
             add_response(completion, response)
         return completion
+
+    def cancel(self, request_id: str, tenant: str = "") -> bool:
+        """Ends every generation of a request; False where the router that answers has none."""
+        return self._call(
+            self._inference.Cancel, inference_pb2.CancelRequest(request_id=request_id, tenant=tenant)
+        ).found
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as Generate would read it."""
@@ -191,35 +162,97 @@ class Client:
         request = inference_pb2.DetokenizeRequest(token_ids=token_ids, keep_special_tokens=keep_special_tokens)
         return self._call(self._inference.Detokenize, request).text
 
+    def list_models(self) -> list[inference_pb2.Model]:
+        """All models served."""
+        return list(self._call(self._inference.ListModels, inference_pb2.ListModelsRequest()).models)
+
     def get_model(self) -> inference_pb2.Model:
         """What is served."""
         return self._call(self._inference.GetModel, inference_pb2.GetModelRequest())
 
     def get_status(self) -> inference_pb2.Status:
-        """Gangs and ranks as the router sees them."""
-        return self._call(self._admin.GetStatus, inference_pb2.GetStatusRequest())
+        """Gangs and ranks as the router sees them now: never tried again."""
+        patience = Patience(NO_RETRIES, self._timeout_s)
+        return self._call(self._admin.GetStatus, inference_pb2.GetStatusRequest(), patience)
 
-    def _call(self, method: "grpc.UnaryUnaryMultiCallable[Q, A]", request: Q) -> A:
-        self.connect()
+    def _attempt(
+        self, request: inference_pb2.GenerateRequest, patience: Patience
+    ) -> Generator[inference_pb2.GenerateResponse, None, bool]:
+        """One call. False when it broke; then `request` is what is to be sent next."""
+        broken = None
+        may_mend = True
+        call = self._inference.Generate(request, timeout=patience.left_s, metadata=_attempts(patience))
         try:
-            return method(request, timeout=self._timeout_s)
+            for response in call:
+                if response.finish_reason in BROKEN:
+                    broken = response  # Whether it is the last message is not decided.
+                    continue
+                may_mend = request.resumable
+                _advance(request, response, patience)
+                yield response
         except grpc.RpcError as error:
-            raise _caravan_error(error) from error
+            failure = _caravan_error(error)
+            may_mend = may_mend and (request.resumable or broken is None or not broken.token_ids)
+            if not (may_mend and patience.wait(failure)):
+                if broken is not None:
+                    yield broken
+                raise failure from error
+            if broken is not None and broken.token_ids and request.resumable:
+                for field in ("finish_reason", "usage", "detail"):
+                    broken.ClearField(field)
+                _advance(request, broken, patience)
+                yield broken
+            return False
+        else:
+            if broken is not None:  # A server that calls this well has the last word all the same.
+                yield broken
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+        return True
+
+    def _call(self, method: "grpc.UnaryUnaryMultiCallable[Q, A]", request: Q, patience: Patience | None = None) -> A:
+        self.connect()
+        patience = patience or Patience(self._retries, self._timeout_s)
+        while True:
+            try:
+                return method(request, timeout=patience.left_s, metadata=_attempts(patience))
+            except grpc.RpcError as error:
+                failure = _caravan_error(error)
+                if not patience.wait(failure):
+                    raise failure from error
 
 
-def add_response(completion: Completion, response: inference_pb2.GenerateResponse) -> None:
-    """Appends one message of a stream to the answer so far."""
-    completion.text += response.text
-    completion.token_ids.extend(response.token_ids)
-    completion.logprobs.extend(response.logprobs)
-    completion.prompt_logprobs.extend(response.prompt_logprobs)
+def _with_id(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+    """A copy with an id: the server knows a request again by it."""
+    named = inference_pb2.GenerateRequest()
+    named.CopyFrom(request)
+    named.request_id = request.request_id or uuid.uuid4().hex
+    return named
+
+
+def _advance(
+    request: inference_pb2.GenerateRequest, response: inference_pb2.GenerateResponse, patience: Patience
+) -> None:
+    """Makes of a resumable request what gets the rest after `response`; takes out of it what was told before."""
+    if response.token_ids:
+        patience.progress()
+    if not request.resumable:
+        return
+    if request.resume_offset:
+        for field in ("request_id", "seed", "chat_time"):
+            response.ClearField(field)
     if response.request_id:
-        completion.request_id, completion.seed = response.request_id, response.seed
-    if response.finish_reason:
-        completion.finish_reason = finish_reason_name(response.finish_reason)
-        completion.usage = response.usage
+        request.seed = response.seed
+        if response.chat_time:
+            request.chat_time = response.chat_time
+    request.resume_offset += len(response.token_ids)
+
+
+def _attempts(patience: Patience) -> tuple[tuple[str, str], ...]:
+    return (("caravan-attempt", str(patience.failures)),) if patience.failures else ()
 
 
 def _caravan_error(error: grpc.RpcError) -> CaravanError:
     call = cast(grpc.Call, error)  # So it is for every error a call raises, though the types do not say it.
-    return CaravanError(call.code(), call.details() or "the server gave no reason")
+    message = call.details() or "the server gave no reason"
+    return CaravanError(call.code(), message, retry_after_s(call.trailing_metadata()))

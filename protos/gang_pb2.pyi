@@ -28,24 +28,28 @@ class RouterMessage(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
+    @_builtins.property
+    def cancel(self) -> Global___Cancel: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
+        cancel: Global___Cancel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "cancel", b"cancel", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "cancel", b"cancel", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "submit", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "submit", "abort", "cancel"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -147,6 +151,9 @@ class Submit(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SIBLING_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The router's number for the stream, never used twice by it."""
     epoch: _builtins.int
@@ -155,6 +162,11 @@ class Submit(_message.Message):
     min_tokens: _builtins.int
     sibling: _builtins.int
     """Sibling number where one request draws several outputs: part of the sampler's key."""
+    timeout_s: _builtins.float
+    """Seconds from receipt until the sequence is ended with FINISH_REASON_DEADLINE, done or not. Absent: no bound."""
+    request_id: _builtins.str
+    """The client's names for the request and its tenant, for Cancel."""
+    tenant: _builtins.str
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -179,12 +191,17 @@ class Submit(_message.Message):
         min_tokens: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sibling: _builtins.int = ...,
+        timeout_s: _builtins.float | None = ...,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "output_ids", b"output_ids", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sequence_id", b"sequence_id", "sibling", b"sibling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "epoch", b"epoch", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "output_ids", b"output_ids", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "sibling", b"sibling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
@@ -208,6 +225,38 @@ class Abort(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Abort: _TypeAlias = Abort  # noqa: Y015
+
+@_typing.final
+class Cancel(_message.Message):
+    """Ends, within a step, every sequence of this request id that another router submitted; each such router is told
+    FINISH_REASON_ABORT. Sent before a request is generated anew at this router, and for a client's Cancel.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SIBLING_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    tenant: _builtins.str
+    sibling: _builtins.int
+    """Only this one of the request's outputs; absent: all of them."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        sibling: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sibling", b"_sibling", "sibling", b"sibling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sibling", b"_sibling", "request_id", b"request_id", "sibling", b"sibling", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sibling: _TypeAlias = _typing.Literal["sibling"]  # noqa: Y015
+    _WhichOneofArgType__sibling: _TypeAlias = _typing.Literal["_sibling", b"_sibling"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sibling) -> _WhichOneofReturnType__sibling | None: ...
+
+Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class StepOutput(_message.Message):
@@ -303,6 +352,8 @@ class RankLoad(_message.Message):
     TOKENS_COMPUTED_FIELD_NUMBER: _builtins.int
     TOKENS_EXCHANGED_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_READ_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences."""
     waiting: _builtins.int
@@ -314,6 +365,10 @@ class RankLoad(_message.Message):
     """Totals since the rank started."""
     tokens_exchanged: _builtins.int
     weights_bytes_read: _builtins.int
+    max_num_seqs: _builtins.int
+    """Sequences the rank runs at once at most. 0: unknown."""
+    kv_capacity_tokens: _builtins.int
+    """Tokens the KV pool of its global layers holds. 0: unknown."""
     def __init__(
         self,
         *,
@@ -324,10 +379,12 @@ class RankLoad(_message.Message):
         tokens_computed: _builtins.int = ...,
         tokens_exchanged: _builtins.int = ...,
         weights_bytes_read: _builtins.int = ...,
+        max_num_seqs: _builtins.int = ...,
+        kv_capacity_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_usage_ratio", b"kv_usage_ratio", "pending_tokens", b"pending_tokens", "running", b"running", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "waiting", b"waiting", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_capacity_tokens", b"kv_capacity_tokens", "kv_usage_ratio", b"kv_usage_ratio", "max_num_seqs", b"max_num_seqs", "pending_tokens", b"pending_tokens", "running", b"running", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "waiting", b"waiting", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,11 +39,21 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Streams the continuation of a prompt. The last message alone carries `finish_reason` and `usage`.
     Bad input ends the call with INVALID_ARGUMENT and a sentence that names the field, before anything is queued.
+    When the server is full it ends at once with RESOURCE_EXHAUSTED and a google.rpc.RetryInfo in the trailing metadata
+    (grpc-status-details-bin): the same request, with its request_id, has a place then.
+    """
+    GenerateOnce: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
+    """As Generate, the whole answer in one message."""
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """Ends every generation with this request id, queued, running or kept for a client to resume, at whichever router.
+    Its streams end with FINISH_REASON_ABORT and CANCELLED.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Text to token ids, exactly as Generate would read the text."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     """Token ids to text."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
+    """All models served here: one."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
     """What is served."""
 
@@ -55,11 +65,21 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams the continuation of a prompt. The last message alone carries `finish_reason` and `usage`.
     Bad input ends the call with INVALID_ARGUMENT and a sentence that names the field, before anything is queued.
+    When the server is full it ends at once with RESOURCE_EXHAUSTED and a google.rpc.RetryInfo in the trailing metadata
+    (grpc-status-details-bin): the same request, with its request_id, has a place then.
+    """
+    GenerateOnce: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """As Generate, the whole answer in one message."""
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends every generation with this request id, queued, running or kept for a client to resume, at whichever router.
+    Its streams end with FINISH_REASON_ABORT and CANCELLED.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text to token ids, exactly as Generate would read the text."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Token ids to text."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """All models served here: one."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
     """What is served."""
 
@@ -74,6 +94,26 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Streams the continuation of a prompt. The last message alone carries `finish_reason` and `usage`.
         Bad input ends the call with INVALID_ARGUMENT and a sentence that names the field, before anything is queued.
+        When the server is full it ends at once with RESOURCE_EXHAUSTED and a google.rpc.RetryInfo in the trailing metadata
+        (grpc-status-details-bin): the same request, with its request_id, has a place then.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateOnce(
+        self,
+        request: _inference_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
+        """As Generate, the whole answer in one message."""
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """Ends every generation with this request id, queued, running or kept for a client to resume, at whichever router.
+        Its streams end with FINISH_REASON_ABORT and CANCELLED.
         """
 
     @_abc_1.abstractmethod
@@ -91,6 +131,14 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
         """Token ids to text."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _inference_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
+        """All models served here: one."""
 
     @_abc_1.abstractmethod
     def GetModel(

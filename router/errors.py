@@ -32,3 +32,36 @@ class RankLost(CaravanError):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(Outcome.RANK_LOST, sentence)
+
+
+class Overloaded(CaravanError):
+    """A bound was reached.
+
+    Args:
+        sentence: which one.
+        retry_after_s: seconds after which the request will likely be taken.
+    """
+
+    def __init__(self, sentence: str, retry_after_s: float) -> None:
+        super().__init__(Outcome.OVERLOADED, sentence, retry_after_s)
+
+
+class TooLate(CaravanError):
+    """A request's deadline passed."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(Outcome.TOO_LATE, sentence)
+
+
+class Cancelled(CaravanError):
+    """Somebody ended the request by its id."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(Outcome.CANCELLED, sentence)
+
+
+class TakenOver(CaravanError):
+    """Another connection resumed the request."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(Outcome.TAKEN_OVER, sentence)

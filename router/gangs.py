@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from protos import gang_pb2
 from router.config import RouterConfig
@@ -28,12 +28,20 @@ class Gang:
         links: one to every rank that takes part in the epoch, by rank, incarnation and address.
     """
 
-    def __init__(self, router_id: str, resolve: LeaderResolver, config: RouterConfig, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        router_id: str,
+        resolve: LeaderResolver,
+        config: RouterConfig,
+        metrics: RouterMetrics,
+        on_change: Callable[[], None],
+    ) -> None:
         self.view: gang_pb2.GangView | None = None
         self.links: dict[tuple[int, int, str], RankLink] = {}
         self._router_id = router_id
         self._config = config
         self._metrics = metrics
+        self._on_change = on_change
         self._runs: dict[tuple[int, int, str], asyncio.Task[None]] = {}
         self._watcher = GangWatcher(router_id, resolve, self.take_view, config.watch_silence_s, config.reconnect_max_s)
         self._watch = asyncio.create_task(self._watcher.run(), name="gang-watch")
@@ -74,6 +82,7 @@ class Gang:
         if view.state == FAILED:
             for key in list(self.links):
                 self._close(key, f"{view.gang_id} failed: {view.detail}")
+            self._on_change()
             return
         for key, member in members.items():
             if link := self.links.get(key):
@@ -86,9 +95,11 @@ class Gang:
                     view.epoch,
                     self._config.reconnect_max_s,
                     self._metrics.fenced.inc,
+                    self._on_change,
                 )
                 self.links[key] = link
                 self._runs[key] = asyncio.create_task(link.run(), name=f"link to {link}")
+        self._on_change()
 
     def _close(self, key: tuple[int, int, str], detail: str) -> None:
         self._runs.pop(key).cancel()
@@ -110,11 +121,15 @@ class Gangs:
         leaders: finds each gang's leader.
         config: the router's bounds.
         metrics: the router's metrics.
+
+    Attributes:
+        on_change: called whenever a rank may have room that it had not before, or none is left.
     """
 
     def __init__(self, leaders: Sequence[LeaderResolver], config: RouterConfig, metrics: RouterMetrics) -> None:
         self.router_id = f"router-{uuid.uuid4().hex}"
-        self._gangs = [Gang(self.router_id, resolve, config, metrics) for resolve in leaders]
+        self.on_change: Callable[[], None] = lambda: None
+        self._gangs = [Gang(self.router_id, resolve, config, metrics, self._changed) for resolve in leaders]
         self._sequence_ids = itertools.count(1)
 
     @property
@@ -127,6 +142,15 @@ class Gangs:
         """Every gang's leader is being followed."""
         return all(gang.is_watched for gang in self._gangs)
 
+    @property
+    def is_ready(self) -> bool:
+        """Some gang can take a request."""
+        return any(gang.is_ready for gang in self._gangs)
+
+    def why_not_ready(self) -> str:
+        """One clause for a person."""
+        return "; ".join(gang.why_not_ready() for gang in self._gangs) or "this router knows of none"
+
     def ready_views(self) -> list[gang_pb2.GangView]:
         """The newest view of every gang that can take a request.
 
@@ -135,8 +159,7 @@ class Gangs:
         """
         ready = [gang.view for gang in self._gangs if gang.is_ready and gang.view is not None]
         if not ready:
-            reasons = "; ".join(gang.why_not_ready() for gang in self._gangs) or "this router knows of none"
-            raise NotReady(f"no gang is ready ({reasons}); try again later")
+            raise NotReady(f"no gang is ready ({self.why_not_ready()}); try again later")
         return ready
 
     def context_length(self) -> int:
@@ -151,25 +174,43 @@ class Gangs:
         """Never the same twice."""
         return next(self._sequence_ids)
 
-    def submit(self, stream: Stream) -> RankLink:
-        """Sends a stream to the rank that will be free first.
+    def has_room(self, prompt_tokens: int) -> bool:
+        """A rank can start such a sequence now."""
+        return self._pick(prompt_tokens) is not None
 
-        Raises:
-            NotReady: no rank can take it; nothing was sent.
+    def submit(self, stream: Stream) -> RankLink | None:
+        """Sends a stream to the rank with room that will be free first.
+
+        Returns:
+            None when no rank has room; nothing was sent.
         """
-        self.ready_views()
-        links = {
-            (link.gang_id, link.rank): link
-            for gang in self._gangs
-            if gang.is_ready
-            for link in gang.links.values()
-            if link.is_connected
-        }
-        choice = pick([link.candidate() for link in links.values()])
-        link = links[choice.gang_id, choice.rank]
-        link.submit(stream)
+        link = self._pick(len(stream.request.prompt_ids))
+        if link is not None:
+            link.submit(stream)
         return link
+
+    def cancel(self, tenant: str, request_id: str, sibling: int | None = None) -> None:
+        """Ends what other routers submitted of a request, at every rank that can be reached.
+
+        Args:
+            sibling: only this one of its outputs; None: all.
+        """
+        for link in self._links():
+            link.cancel(tenant, request_id, sibling)
 
     async def close(self) -> None:
         """Ends every task and stream."""
         await asyncio.gather(*(gang.close() for gang in self._gangs))
+
+    def _links(self) -> Iterator[RankLink]:
+        for gang in self._gangs:
+            if gang.is_ready:
+                yield from (link for link in gang.links.values() if link.is_connected)
+
+    def _pick(self, prompt_tokens: int) -> RankLink | None:
+        links = {(link.gang_id, link.rank): link for link in self._links()}
+        choice = pick([link.candidate() for link in links.values()], prompt_tokens) if links else None
+        return None if choice is None else links[choice.gang_id, choice.rank]
+
+    def _changed(self) -> None:
+        self.on_change()

@@ -1,103 +1,183 @@
-"""One answer: from a valid request to the messages its client reads."""
+"""One output from a valid request to its end, and what each connection reads of it."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
 
 from protos import inference_pb2
+from router.call import CallInfo
 from router.config import RouterConfig
 from router.detokenizer import TokenBytes
-from router.errors import RankLost
-from router.gangs import Gangs
-from router.metrics import StreamTimer
+from router.dispatcher import Dispatcher
+from router.errors import Cancelled, Overloaded, TooLate
+from router.metrics import RouterMetrics, StreamTimer
 from router.output_text import OutputText
-from router.stream import Chunk, Stream
+from router.stream import ABORT, DEADLINE, ERROR, Ending, Piece, Reader, Stream
 from router.validation import ValidRequest
-
-UNSPECIFIED = inference_pb2.FINISH_REASON_UNSPECIFIED
-STOP = inference_pb2.FINISH_REASON_STOP
-ERROR = inference_pb2.FINISH_REASON_ERROR
 
 
 class Generation:
-    """Submits a request and turns what comes back into responses. `close` it, whatever happens.
-
-    Attributes:
-        error: set with the last response when the generation failed: the status to end the call with.
+    """Works on one request, connected to a client or not.
 
     Raises:
-        NotReady: no rank can take the request; nothing was sent.
+        NotReady: no gang can take the request.
+        Overloaded: it may not wait, or would wait too long.
+        TooLate: its deadline has passed.
+
+    Args:
+        sequence_id: the router's number for it.
+        call: the call the request came with.
+        on_end: called once, when nothing more will come.
+        arrival: when the request came, by time.perf_counter().
     """
 
     def __init__(
-        self, request: ValidRequest, gangs: Gangs, token_bytes: TokenBytes, config: RouterConfig, timer: StreamTimer
-    ) -> None:
-        self.error: RankLost | None = None
-        self._request = request
-        self._config = config
-        self._timer = timer
-        text = OutputText(token_bytes, request.stop, request.min_tokens)
-        self._stream = Stream(gangs.next_sequence_id(), request, text, timer.tokens)
-        self._link = gangs.submit(self._stream)
-        self._is_first = True
-        self._is_over = False
-        timer.accepted(len(request.prompt_ids))
-
-    async def next(self) -> inference_pb2.GenerateResponse | None:
-        """The next response; None after the last."""
-        if self._is_over:
-            return None
-        try:
-            chunk = await self._stream.take(self._config.max_tokens_per_message, self._config.stream_stall_s)
-        except TimeoutError:
-            detail = f"{self._link} sent no token in {self._config.stream_stall_s:g} s; send the request again"
-            chunk = Chunk(finish_reason=ERROR, detail=detail)
-        response = self._respond(chunk)
-        if self._is_first:
-            self._is_first = False
-            response.request_id = self._request.request_id
-            response.seed = self._request.sampling.seed
-        return response
-
-    def close(self) -> None:
-        """Ends the work at the rank, if it has not ended. Never waits."""
-        self._link.abort(self._stream.sequence_id)
-
-    def _respond(self, chunk: Chunk) -> inference_pb2.GenerateResponse:
-        finish_reason = chunk.finish_reason
-        text = self._stream.text
-        # The token that ended the sequence is sent, but it is not text.
-        unseen = finish_reason == STOP and chunk.token_ids and chunk.token_ids[-1] in self._request.stop_token_ids
-        visible = chunk.token_ids[:-1] if unseen else chunk.token_ids
-        shown, taken = text.push(visible)
-        if text.is_stopped():
-            finish_reason = STOP
-        else:
-            taken = len(chunk.token_ids)
-            if finish_reason != UNSPECIFIED:
-                shown += text.finish()
-                finish_reason = STOP if text.is_stopped() else finish_reason
-        response = inference_pb2.GenerateResponse(
-            text=shown,
-            token_ids=chunk.token_ids[:taken],
-            logprobs=chunk.logprobs[:taken],
-            prompt_logprobs=chunk.prompt_logprobs,
-        )
-        if finish_reason != UNSPECIFIED:
-            self._end(response, finish_reason, chunk.detail, text.num_tokens + bool(unseen and not text.is_stopped()))
-        return response
-
-    def _end(
         self,
-        response: inference_pb2.GenerateResponse,
-        finish_reason: inference_pb2.FinishReason.ValueType,
-        detail: str,
-        completion_tokens: int,
+        sequence_id: int,
+        request: ValidRequest,
+        call: CallInfo,
+        dispatcher: Dispatcher,
+        token_bytes: TokenBytes,
+        config: RouterConfig,
+        metrics: RouterMetrics,
+        on_end: Callable[["Generation"], None],
+        arrival: float,
     ) -> None:
-        self._is_over = True
-        response.finish_reason = finish_reason
-        response.usage.prompt_tokens = len(self._request.prompt_ids)
-        response.usage.completion_tokens = completion_tokens
-        self._timer.finish_reason = (
-            inference_pb2.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()
+        self.request = request
+        self._dispatcher = dispatcher
+        self._config = config
+        self._on_end = on_end
+        self._metrics = metrics
+        self._expiry: asyncio.TimerHandle | None = None
+        self._is_started = False
+        within_s = _within(request, call)
+        text = OutputText(token_bytes, request.stop, request.min_tokens)
+        deadline = None if within_s is None else time.monotonic() + within_s
+        self.stream = Stream(sequence_id, request, text, self._took, self._ended, deadline)
+        if within_s is not None and within_s <= 0:
+            raise TooLate("the deadline had passed when the request arrived")
+        self._timer = StreamTimer(metrics, arrival)
+        try:
+            self._ticket = dispatcher.submit(self.stream, within_s, call, self._started)
+        except Exception:
+            self._timer.refused()
+            raise
+        self._timer.accepted(len(request.prompt_ids))
+        if within_s is not None and self.stream.ending is None:
+            self._expiry = asyncio.get_running_loop().call_later(within_s, self._expire, within_s)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come."""
+        return self.stream.ending is not None
+
+    @property
+    def weight(self) -> int:
+        """What keeping the output takes: its tokens and alternative log-probabilities."""
+        asked = self.request.sampling
+        kept = len(self.stream.output_ids) * (1 + asked.logprobs)
+        return kept + (len(self.request.prompt_ids) * (1 + asked.prompt_logprobs) if asked.prompt_logprobs else 0)
+
+    def connect(self, offset: int) -> Reader:
+        """A connection's reader; an earlier connection gets nothing more.
+
+        Args:
+            offset: tokens its client has.
+        """
+        if offset:
+            self._metrics.resumed.inc()
+        return self.stream.read_from(offset)
+
+    async def responses(self, reader: Reader) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """What a connection sends. The last one says how the output ended.
+
+        Raises:
+            CaravanError: after the last one, where it did not end well.
+        """
+        is_first = True
+        while True:
+            try:
+                piece = await reader.read(self._config.max_tokens_per_message, self._config.stream_stall_s)
+            except TimeoutError:
+                self._stall()
+                continue
+            if piece is None:
+                break
+            response = self._respond(piece)
+            if is_first:
+                is_first = False
+                response.request_id = self.request.request_id
+                response.seed = self.request.sampling.seed
+                response.chat_time = self.request.chat_time
+            ending = piece.ending
+            if ending is not None and ending.error is not None and not self._is_started and not piece.token_ids:
+                raise ending.error  # Nothing was done for it: there is nothing to tell but why.
+            yield response
+            if ending is not None and ending.error is not None:
+                raise ending.error
+
+    def abort(self) -> None:
+        """The client went away."""
+        self.stream.end(ABORT, Cancelled("the client went away"))
+
+    def cancel(self) -> None:
+        """Somebody ended the request by its id."""
+        self.stream.end(ABORT, Cancelled("the request was cancelled"))
+
+    def _respond(self, piece: Piece) -> inference_pb2.GenerateResponse:
+        response = inference_pb2.GenerateResponse(
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
         )
-        if finish_reason == ERROR:
-            response.detail = detail
-            self.error = RankLost(detail)
-        self.close()
+        if piece.ending is not None:
+            response.finish_reason = piece.ending.reason
+            response.usage.prompt_tokens = len(self.request.prompt_ids)
+            response.usage.completion_tokens = len(self.stream.output_ids)
+            if piece.ending.error is not None:
+                response.detail = piece.ending.error.message
+        return response
+
+    def _started(self) -> None:
+        self._is_started = True
+        self._timer.started()
+
+    def _took(self, tokens: int) -> None:
+        is_first = len(self.stream.output_ids) <= tokens
+        self._dispatcher.served(tokens + (len(self.request.prompt_ids) if is_first else 0))
+        self._timer.tokens(tokens)
+
+    def _ended(self) -> None:
+        ending = self.stream.ending
+        assert ending is not None
+        if self._expiry is not None:
+            self._expiry.cancel()
+        used = len(self.request.prompt_ids) + len(self.stream.output_ids)
+        self._dispatcher.end(self._ticket, used, ending.is_complete)
+        self._timer.end(*_outcome(ending))
+        self._on_end(self)
+
+    def _expire(self, within_s: float) -> None:
+        where = "while it was worked on" if self._is_started else "while it waited for a rank"
+        self.stream.end(DEADLINE, TooLate(f"the request's deadline of {within_s:.3g} s passed {where}"))
+
+    def _stall(self) -> None:
+        seconds = self._config.stream_stall_s
+        link = self._ticket.item.link
+        if link is None:
+            self.stream.end(ERROR, Overloaded(f"no rank had room in {seconds:g} s; send the request again", seconds))
+        else:
+            self.stream.fail(f"{link} sent no token in {seconds:g} s; send the request again")
+
+
+def _within(request: ValidRequest, call: CallInfo) -> float | None:
+    """Seconds the request has. A resumable one outlives its connection, and so the connection's deadline."""
+    bounds = [request.timeout_s, None if request.resumable else call.deadline_s]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _outcome(ending: Ending) -> tuple[str, str]:
+    """Finish reason and gRPC status, for the metrics."""
+    reason = inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
+    return reason, "OK" if ending.error is None else ending.error.code.name

@@ -1,8 +1,6 @@
 """What a router measures. With PROMETHEUS_MULTIPROC_DIR set, all routers of a host add to the same numbers."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -37,7 +35,7 @@ class RouterMetrics:
         self.output_tokens = Counter("caravan_output_tokens", "Tokens that ranks sent for streams.", registry=registry)
         self.requests = Counter(
             "caravan_requests",
-            "Generate requests ended, by finish reason (stop, length, abort, error) and gRPC status.",
+            "Generate requests ended, by finish reason (stop, length, abort, error, deadline) and gRPC status.",
             ["finish_reason", "status"],
             registry=registry,
         )
@@ -53,37 +51,45 @@ class RouterMetrics:
             registry=registry,
         )
 
-    @contextmanager
-    def stream(self) -> Iterator["StreamTimer"]:
-        """Measures one request from here to the block's end."""
-        timer = StreamTimer(self)
-        self.streams.inc()
-        try:
-            yield timer
-        finally:
-            self.streams.dec()
-            timer.end()
+        self.queued_tokens = Gauge(
+            "caravan_queued_tokens",
+            "Tokens (prompt and max_tokens) of requests that wait at the router for a rank.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.queue_wait = Histogram(
+            "caravan_queue_wait_seconds",
+            "From a request's admission to its going to a rank.",
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.resumed = Counter(
+            "caravan_streams_resumed", "Connections that took up an answer after its first token.", registry=registry
+        )
 
 
 class StreamTimer:
-    """The times of one request.
+    """The times of one request, to its `end` or until it is `refused`.
 
-    Attributes:
-        finish_reason, status: how it ended; set them before the end.
+    Args:
+        arrival: when it came, by time.perf_counter().
     """
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+    def __init__(self, metrics: RouterMetrics, arrival: float) -> None:
         self._metrics = metrics
-        self._start = time.perf_counter()
+        metrics.streams.inc()
+        self._start = arrival
         self._last_token: float | None = None
         self._accepted = False
-        self.finish_reason = "abort"
-        self.status = "CANCELLED"
 
     def accepted(self, prompt_tokens: int) -> None:
-        """The request is valid and goes to a rank."""
+        """The request is valid and admitted."""
         self._accepted = True
         self._metrics.prompt_tokens.inc(prompt_tokens)
+
+    def refused(self) -> None:
+        """There is no stream after all."""
+        self._metrics.streams.dec()
 
     def tokens(self, count: int) -> None:
         """`count` tokens arrived together: they share the time since the one before."""
@@ -96,7 +102,13 @@ class StreamTimer:
         self._last_token = now
         self._metrics.output_tokens.inc(count)
 
-    def end(self) -> None:
-        self._metrics.requests.labels(self.finish_reason, self.status).inc()
+    def started(self) -> None:
+        """The request goes to a rank."""
+        self._metrics.queue_wait.observe(time.perf_counter() - self._start)
+
+    def end(self, finish_reason: str, status: str) -> None:
+        """The request ended, once: "stop", "length", "abort", "error" or "deadline", and the gRPC status."""
+        self._metrics.streams.dec()
+        self._metrics.requests.labels(finish_reason, status).inc()
         if self._accepted:
             self._metrics.request.observe(time.perf_counter() - self._start)

@@ -21,7 +21,9 @@ CHANNEL_OPTIONS = [
 ]
 FIRST_PAUSE_S = 0.05
 LOAD_LAG_S = 0.25
-"""A rank's report of its load surely counts a sequence submitted this long before."""
+"""A rank's report of its load surely counts a sequence submitted or aborted this long before."""
+VIEW_LAG_S = 2.0
+"""What the leader says of a rank's load is older than what the rank said itself this long ago."""
 
 
 class RankLink:
@@ -36,6 +38,7 @@ class RankLink:
         epoch: the gang's epoch when the link was made.
         reconnect_max_s: longest pause between two attempts to connect.
         on_fenced: called for every message that is dropped because it is not current.
+        on_change: called whenever the rank may have room that it had not before.
 
     Attributes:
         is_connected: sequences can be submitted.
@@ -50,6 +53,7 @@ class RankLink:
         epoch: int,
         reconnect_max_s: float,
         on_fenced: Callable[[], None],
+        on_change: Callable[[], None],
     ) -> None:
         self.gang_id = gang_id
         self.rank = member.rank
@@ -61,9 +65,13 @@ class RankLink:
         self._router_id = router_id
         self._reconnect_max_s = reconnect_max_s
         self._on_fenced = on_fenced
+        self._on_change = on_change
         self._streams: dict[int, Stream] = {}
         # Prompt tokens and time of sequences that the rank's own report may not count yet.
         self._submitted: dict[int, tuple[int, float]] = {}
+        # Time of aborts of sequences that the rank's own report may still count.
+        self._aborted: dict[int, float] = {}
+        self._told_load_at = 0.0
         self._outbox: asyncio.Queue[gang_pb2.RouterMessage] = asyncio.Queue()
 
     def __str__(self) -> str:
@@ -71,11 +79,17 @@ class RankLink:
 
     def candidate(self) -> Candidate:
         """What the rank has to do, for the routing policy."""
+        load, submitted = self.load, sum(tokens for tokens, _ in self._submitted.values())
+        free_kv_tokens = None
+        if load.kv_capacity_tokens:
+            free_kv_tokens = int(load.kv_capacity_tokens * (1 - load.kv_usage_ratio)) - submitted
         return Candidate(
             self.gang_id,
             self.rank,
-            pending_tokens=self.load.pending_tokens + sum(tokens for tokens, _ in self._submitted.values()),
-            sequences=self.load.running + self.load.waiting + len(self._submitted),
+            pending_tokens=load.pending_tokens + submitted,
+            sequences=max(0, load.running + load.waiting - len(self._aborted)) + len(self._submitted),
+            max_sequences=load.max_num_seqs,
+            free_kv_tokens=free_kv_tokens,
         )
 
     def submit(self, stream: Stream) -> None:
@@ -93,24 +107,40 @@ class RankLink:
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
             stop_token_ids=sorted(request.stop_token_ids),
+            sibling=request.sibling,
+            request_id=request.request_id,
+            tenant=request.tenant,
         )
+        if stream.deadline is not None:
+            submit.timeout_s = max(0.0, stream.deadline - time.monotonic())
         self._outbox.put_nowait(gang_pb2.RouterMessage(submit=submit))
 
     def abort(self, sequence_id: int) -> None:
         """Ends a sequence, if it has not ended. Never waits."""
-        if self._forget(sequence_id):
+        if sequence_id in self._streams:
+            if sequence_id not in self._submitted:
+                self._aborted[sequence_id] = time.monotonic()
+            self._forget(sequence_id)
             self._outbox.put_nowait(gang_pb2.RouterMessage(abort=gang_pb2.Abort(sequence_id=sequence_id)))
+
+    def cancel(self, tenant: str, request_id: str, sibling: int | None) -> None:
+        """Ends what other routers submitted of a request. Never waits."""
+        cancel = gang_pb2.Cancel(request_id=request_id, tenant=tenant, sibling=sibling)
+        self._outbox.put_nowait(gang_pb2.RouterMessage(cancel=cancel))
 
     def update(self, epoch: int, load: gang_pb2.RankLoad) -> None:
         """Takes what the leader says of this incarnation."""
         self.epoch = max(self.epoch, epoch)
-        self._take_load(load)
+        if time.monotonic() - self._told_load_at > VIEW_LAG_S:
+            self._take_load(load)
+            self._on_change()
 
     def fail_streams(self, detail: str) -> None:
         """Ends every stream here with an error."""
         streams = list(self._streams.values())
         self._streams.clear()
         self._submitted.clear()
+        self._aborted.clear()
         for stream in streams:
             stream.fail(detail)
 
@@ -149,6 +179,7 @@ class RankLink:
         hello = gang_pb2.Hello(router_id=self._router_id, gang_id=self.gang_id, epoch=self.epoch)
         yield gang_pb2.RouterMessage(hello=hello)
         self.is_connected = True
+        self._on_change()
         while True:
             yield await outbox.get()
 
@@ -159,14 +190,16 @@ class RankLink:
         self.epoch = message.epoch
         if message.HasField("load"):
             self._take_load(message.load)
+            self._told_load_at = time.monotonic()
         for output in message.outputs:
             stream = self._streams.get(output.sequence_id)
             if stream is None:
                 continue  # Aborted while this was on its way.
             self._submitted.pop(output.sequence_id, None)
             stream.deliver(output)
-            if stream.is_finished:
+            if stream.is_rank_done:
                 self._forget(output.sequence_id)
+        self._on_change()
 
     def _drop(self, message: gang_pb2.StepOutput) -> None:
         self._on_fenced()
@@ -192,10 +225,11 @@ class RankLink:
 
     def _take_load(self, load: gang_pb2.RankLoad) -> None:
         self.load = load
-        if self._submitted:
+        if self._submitted or self._aborted:
             counted = time.monotonic() - LOAD_LAG_S
             self._submitted = {k: v for k, v in self._submitted.items() if v[1] > counted}
+            self._aborted = {k: v for k, v in self._aborted.items() if v > counted}
 
-    def _forget(self, sequence_id: int) -> bool:
+    def _forget(self, sequence_id: int) -> None:
         self._submitted.pop(sequence_id, None)
-        return self._streams.pop(sequence_id, None) is not None
+        self._streams.pop(sequence_id, None)

@@ -9,6 +9,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from router.detokenizer import TokenBytes
 from router.errors import RouterConfigError
 
+LONG_CHARS = 4096
+"""Texts from here on are tokenized without holding up other threads."""
+
 
 class Tokenizer:
     """A checkpoint's byte-level BPE.
@@ -67,7 +70,11 @@ class Tokenizer:
 
         Special tokens written out in the text (`<|eot|>`) become those tokens.
         """
-        ids: list[int] = self._fast.encode(text).ids
+        if len(text) < LONG_CHARS:
+            ids: list[int] = self._fast.encode(text).ids
+        else:
+            # The library lets other threads run only in its batch calls.
+            ids = self._fast.encode_batch_fast([text])[0].ids
         if self._begin_of_text is not None and ids[:2] == [self._begin_of_text] * 2:
             del ids[0]
         return ids
@@ -75,6 +82,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         """Text of `token_ids`. Ids without a token give nothing; bytes that are no UTF-8 give U+FFFD."""
         return self._fast.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
+
+    def written(self, token_id: int) -> bytes:
+        """One token as it is written, special ones by their name; nothing for ids without a token."""
+        return self.token_bytes.of(token_id) or (self._fast.id_to_token(token_id) or "").encode()
 
     def _find_begin_of_text(self) -> int | None:
         """The token the tokenizer itself puts before any text, if it does."""

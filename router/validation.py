@@ -1,12 +1,15 @@
 """A client's request, checked once: what comes out can be generated without another question."""
 
+import hashlib
 import math
 import secrets
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos import gang_pb2, inference_pb2
+from router.chat_template import ChatTemplate, ChatTemplateError
 from router.config import RouterConfig
 from router.errors import InvalidRequest
 from router.model_info import ModelInfo
@@ -18,6 +21,14 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_REQUEST_ID_CHARS = 256
 MAX_PENALTY = 2.0
+MAX_TENANT_CHARS = 64
+MAX_PRIORITY = 10
+MAX_ROLE_CHARS = 64
+MAX_CHAT_MESSAGES = 4096
+MAX_CHAT_TIME = 4_102_444_800
+"""The year 2100: times beyond are mistakes, and some no calendar has."""
+NOT_THE_REQUEST = ("resume_offset", "timeout_s", "seed", "chat_time")
+"""Fields in which a request that comes again may differ from the first time: the seed it was given is compared."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,35 @@ class ValidRequest:
     sampling: gang_pb2.Sampling
     """With the seed that was asked for or drawn. Not to be changed."""
     max_tokens: int
-    """At least 1; with the prompt it fits the context."""
+    """With the prompt it fits the context. 0 only where the prompt's log-probabilities are asked for."""
     min_tokens: int
     """At most max_tokens."""
     stop_token_ids: frozenset[int]
     """The model's end-of-text tokens unless ignored, and the request's own."""
     stop: tuple[str, ...]
+    tenant: str = ""
+    priority: int = 0
+    """-10 to 10; higher goes first."""
+    timeout_s: float | None = None
+    """Seconds from arrival; None: no bound."""
+    sibling: int = 0
+    resumable: bool = False
+    """Then the client gave the request_id."""
+    resume_offset: int = 0
+    """Output tokens the client has; less than max_tokens or equal."""
+    chat_time: int = 0
+    """Seconds since 1970 that the chat template saw; 0 where the prompt is no chat."""
+    has_id: bool = False
+    """The client chose the request_id."""
+    has_seed: bool = False
+    """The client named the seed."""
+    identity: bytes = b""
+    """The request, to compare with when it comes again."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens it may take at most: prompt and output."""
+        return len(self.prompt_ids) + self.max_tokens
 
 
 class Validator:
@@ -45,12 +79,16 @@ class Validator:
         config: the router's bounds.
         model: the checkpoint served.
         tokenizer: its tokenizer.
+        chat_template: its chat template; None: it has none, and chats are refused.
     """
 
-    def __init__(self, config: RouterConfig, model: ModelInfo, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: RouterConfig, model: ModelInfo, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None
+    ) -> None:
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
+        self._chat_template = chat_template
 
     def check(self, request: inference_pb2.GenerateRequest, context_length: int) -> ValidRequest:
         """Checks everything, the cheap before the dear: text is tokenized last.
@@ -64,19 +102,19 @@ class Validator:
         """
         if request.model and request.model != self._model.name:
             raise InvalidRequest("model", f"{request.model[:100]!r} is not served here; this is {self._model.name!r}")
-        if len(request.request_id) > MAX_REQUEST_ID_CHARS:
-            raise InvalidRequest(
-                "request_id", f"at most {MAX_REQUEST_ID_CHARS} characters, got {len(request.request_id)}"
-            )
-        if request.HasField("max_tokens") and request.max_tokens < 1:
-            raise InvalidRequest("max_tokens", "must be at least 1, got 0")
+        self._check_delivery(request)
+        if request.HasField("max_tokens") and request.max_tokens < 1 and not request.HasField("prompt_logprobs"):
+            raise InvalidRequest("max_tokens", "must be at least 1, got 0; 0 is for prompt_logprobs alone")
         sampling = self._sampling(request)
         stop = _stop_strings(request.stop)
         stop_token_ids = self._stop_token_ids(request)
-        prompt_ids = self._prompt_ids(request, context_length)
+        chat_time = (request.chat_time or int(time.time())) if request.HasField("chat") else 0
+        prompt_ids = self._prompt_ids(request, context_length, chat_time)
         max_tokens = self._max_tokens(request, len(prompt_ids), context_length)
         if request.min_tokens > max_tokens:
             raise InvalidRequest("min_tokens", f"{request.min_tokens} is more than max_tokens ({max_tokens})")
+        if request.resume_offset > max_tokens:
+            raise InvalidRequest("resume_offset", f"{request.resume_offset} is more than max_tokens ({max_tokens})")
         return ValidRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_ids=tuple(prompt_ids),
@@ -85,6 +123,16 @@ class Validator:
             min_tokens=request.min_tokens,
             stop_token_ids=stop_token_ids,
             stop=stop,
+            tenant=request.tenant,
+            priority=request.priority,
+            timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+            sibling=request.sibling,
+            resumable=request.resumable,
+            resume_offset=request.resume_offset,
+            chat_time=chat_time,
+            has_id=bool(request.request_id),
+            has_seed=request.HasField("seed"),
+            identity=_identity(request) if request.resumable else b"",
         )
 
     def check_text(self, field: str, text: str) -> None:
@@ -111,29 +159,71 @@ class Validator:
                 field, f"{token_ids[position]} at position {position} is no token; ids go from 0 to {vocab_size - 1}"
             )
 
-    def _prompt_ids(self, request: inference_pb2.GenerateRequest, context_length: int) -> Sequence[int]:
+    def _check_delivery(self, request: inference_pb2.GenerateRequest) -> None:
+        """What says how the answer is delivered, to whom and when."""
+        if len(request.request_id) > MAX_REQUEST_ID_CHARS:
+            raise InvalidRequest(
+                "request_id", f"at most {MAX_REQUEST_ID_CHARS} characters, got {len(request.request_id)}"
+            )
+        if len(request.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequest("tenant", f"at most {MAX_TENANT_CHARS} characters, got {len(request.tenant)}")
+        if abs(request.priority) > MAX_PRIORITY:
+            raise InvalidRequest("priority", f"from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {request.priority}")
+        if request.HasField("timeout_s") and not 0 < request.timeout_s < math.inf:
+            raise InvalidRequest("timeout_s", f"must be a number of seconds more than 0, got {request.timeout_s:g}")
+        if request.HasField("chat_time") and not 0 < request.chat_time < MAX_CHAT_TIME:
+            raise InvalidRequest("chat_time", f"must be seconds since 1970, more than 0, got {request.chat_time}")
+        if request.resumable and not request.request_id:
+            raise InvalidRequest("request_id", "is missing; a resumable request is known by it when it comes again")
+        if request.resume_offset and not request.resumable:
+            raise InvalidRequest("resume_offset", "is for resumable requests; set resumable, as in the first request")
+
+    def _prompt_ids(self, request: inference_pb2.GenerateRequest, context_length: int, chat_time: int) -> Sequence[int]:
         kind = request.WhichOneof("prompt")
         if kind is None:
-            raise InvalidRequest("prompt", "is missing; set text or token_ids")
+            raise InvalidRequest("prompt", "is missing; set text, token_ids or chat")
         if kind == "token_ids":
             ids: Sequence[int] = request.token_ids.ids
             if not ids:
                 raise InvalidRequest("token_ids", "the prompt is empty; give at least one token id")
-            if len(ids) < context_length:  # A longer one is refused for its length, unread.
+            if len(ids) <= context_length:  # A longer one is refused for its length, unread.
                 self.check_token_ids("token_ids", ids)
         else:
-            if not request.text:
+            if kind == "text" and not request.text:
                 raise InvalidRequest("text", "the prompt is empty; give at least one character")
-            self.check_text("text", request.text)
-            ids = self._tokenizer.encode(request.text)
+            text = request.text if kind == "text" else self._render(request.chat, chat_time)
+            self.check_text(kind, text)
+            ids = self._tokenizer.encode(text)
             if not ids:
-                raise InvalidRequest("text", "the tokenizer makes no token of this prompt")
-        if len(ids) >= context_length:
+                raise InvalidRequest(kind, "the tokenizer makes no token of this prompt")
+        if len(ids) + self._wants_output(request) > context_length:
             raise InvalidRequest(
                 kind,
                 f"the prompt has {len(ids)} tokens; the context takes {context_length} of prompt and output together",
             )
         return ids
+
+    def _wants_output(self, request: inference_pb2.GenerateRequest) -> bool:
+        return not request.HasField("max_tokens") or request.max_tokens > 0
+
+    def _render(self, chat: inference_pb2.ChatMessages, chat_time: int) -> str:
+        if self._chat_template is None:
+            raise InvalidRequest("chat", "the checkpoint has no chat template; send text or token_ids")
+        if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+            raise InvalidRequest("chat", f"needs 1 to {MAX_CHAT_MESSAGES} messages, got {len(chat.messages)}")
+        for i, message in enumerate(chat.messages):
+            if not 1 <= len(message.role) <= MAX_ROLE_CHARS:
+                raise InvalidRequest(
+                    "chat", f"a role has 1 to {MAX_ROLE_CHARS} characters; message {i} has {len(message.role)}"
+                )
+        limit, size = self._config.max_prompt_bytes, sum(len(message.content) for message in chat.messages)
+        if size > limit:  # Before the template has to deal with it; the text that comes out is checked again.
+            raise InvalidRequest("chat", f"at most {limit} bytes of text, got {size} characters")
+        try:
+            messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+            return self._chat_template.render(messages, chat_time)
+        except ChatTemplateError as error:
+            raise InvalidRequest("chat", f"the checkpoint's chat template refuses the messages: {error}") from error
 
     def _max_tokens(self, request: inference_pb2.GenerateRequest, prompt_tokens: int, context_length: int) -> int:
         left = context_length - prompt_tokens
@@ -183,6 +273,14 @@ class Validator:
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         own = frozenset(request.stop_token_ids)
         return own if request.ignore_eos else own | frozenset(self._model.eos_token_ids)
+
+
+def _identity(request: inference_pb2.GenerateRequest) -> bytes:
+    same = inference_pb2.GenerateRequest()
+    same.CopyFrom(request)
+    for field in NOT_THE_REQUEST:
+        same.ClearField(field)  # type: ignore[arg-type]
+    return hashlib.sha256(same.SerializeToString(deterministic=True)).digest()
 
 
 def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:

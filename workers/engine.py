@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.exchange import Exchange
-from workers.inbox import Abort, Add, Inbox
+from workers.inbox import Abort, Add, Cancel, Inbox
 from workers.metrics import RankMetrics
 from workers.runner import Runner
 from workers.scheduler import Emitted, Scheduler
@@ -21,6 +21,10 @@ class Load:
     kv_usage_ratio: float = 0.0
     tokens_computed: int = 0
     tokens_exchanged: int = 0
+    max_num_seqs: int = 0
+    """Sequences it runs at once at most."""
+    kv_capacity_tokens: int = 0
+    """Tokens the pool of blocks of its global layers holds."""
 
 
 class Engine:
@@ -49,7 +53,7 @@ class Engine:
         self._publish, self._wake_peers = publish, wake_peers
         self._next_step = 1
         self._tokens_computed = 0
-        self.load = Load()
+        self.load = self._load()
         """Replaced after every step, never changed: other threads may read it."""
 
     def run(self) -> None:
@@ -65,7 +69,10 @@ class Engine:
     def step(self) -> bool:
         """One step of all ranks. False if none had anything to do."""
         started = time.perf_counter()
-        self._take_messages()
+        if ended := self._take_messages() + self._scheduler.expire(time.monotonic()):
+            # Whatever becomes of the step, these are over.
+            self._update_load()
+            self._publish(self._next_step, ended)
         plan = self._scheduler.plan()
         num_tokens = sum(item.end - item.start for item in plan)
         agreed = self._exchange.agree(num_tokens)
@@ -81,15 +88,20 @@ class Engine:
         self._metrics.observe_step(time.perf_counter() - started, num_tokens, self._scheduler)
         return True
 
-    def _take_messages(self) -> None:
+    def _take_messages(self) -> list[Emitted]:
+        """Returns what a message ended that its own router must be told of."""
+        ended: list[Emitted] = []
         for message in self._inbox.drain():
             match message:
                 case Add(sequence):
                     self._scheduler.add(sequence)
                 case Abort(key):
                     self._scheduler.abort(key)
+                case Cancel(router, tenant, request_id, sibling):
+                    ended += self._scheduler.cancel(router, tenant, request_id, sibling)
                 case _:
                     self._scheduler.abort_router(message.router)
+        return ended
 
     def _park(self) -> None:
         self._scheduler.check_integrity()
@@ -98,11 +110,16 @@ class Engine:
             self._wake_peers(self._next_step)
 
     def _update_load(self) -> None:
-        self.load = Load(
+        self.load = self._load()
+
+    def _load(self) -> Load:
+        return Load(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             pending_tokens=self._scheduler.pending_tokens,
             kv_usage_ratio=self._scheduler.kv_usage_ratio,
             tokens_computed=self._tokens_computed,
             tokens_exchanged=self._exchange.rows_sent,
+            max_num_seqs=self._scheduler.max_num_seqs,
+            kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
         )

@@ -22,7 +22,18 @@ class RouterGone:
     router: str
 
 
-Message = Add | Abort | RouterGone
+@dataclass(frozen=True)
+class Cancel:
+    """Ends what other routers than `router` submitted of a request."""
+
+    router: str
+    tenant: str
+    request_id: str
+    sibling: int | None
+    """Only this output of it; None: all of them."""
+
+
+Message = Add | Abort | RouterGone | Cancel
 
 
 class Inbox:

@@ -55,6 +55,7 @@ class Rank:
         self._engine: Engine | None = None
         self._weights_bytes_read = 0
         self._broken: ConnectionError | None = None
+        self._is_open = False
 
     def run(self) -> None:
         """Serve until the leader says stop, `stop` is called, or the leader is gone.
@@ -68,6 +69,7 @@ class Rank:
         thread.start()
         try:
             self._do(self._open())
+            self._is_open = True
             command = self._commands.get()
             if isinstance(command, gang_pb2.Epoch):
                 self._run_epoch(command)
@@ -81,7 +83,8 @@ class Rank:
                 self._report_failure(error)
             raise
         finally:
-            self._do(self._close())
+            if self._is_open:
+                self._do(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(STOP_SECONDS)
 
@@ -160,6 +163,8 @@ class Rank:
 
     def _report_failure(self, error: Exception) -> None:
         log.error("rank %d of gang %s failed: %s", self.config.rank, self.config.gang_id, error)
+        if not self._is_open:
+            return
         failed = gang_pb2.Failed(message=str(error) or repr(error), is_user_error=isinstance(error, UserError))
         self._lifeline.send(gang_pb2.RankReport(failed=failed))
         # The report must leave before the connection does.
@@ -235,6 +240,8 @@ class Rank:
             tokens_computed=load.tokens_computed,
             tokens_exchanged=load.tokens_exchanged,
             weights_bytes_read=self._weights_bytes_read,
+            max_num_seqs=load.max_num_seqs,
+            kv_capacity_tokens=load.kv_capacity_tokens,
         )
 
     def _load_report(self) -> gang_pb2.RankLoad | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Rows
 
 import torch
+from torch import Tensor
 
 from workers.block_pool import KVBlocks
 from workers.config import EngineConfig
@@ -12,12 +13,14 @@ from workers.expert_map import ExpertMap
 from workers.kv_cache import KVCache, pool_sizes
 from workers.model import Llama4
 from workers.model_config import ModelConfig
-from workers.sampler import sample
+from workers.sampler import logprobs, sample
 from workers.scheduler import Scheduled
 from workers.sequence import Sample
 from workers.step_inputs import step_inputs
 from workers.weights import ModelWeights
 
+# Rows of logits made at once for prompt log-probabilities: a row of the real vocabulary is 0.8 MB.
+LOGITS_ROWS = 64
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,10 +71,27 @@ class Runner:
         """Run the step, with no rows where the plan is empty; samples are in the plan's order."""
         inputs = step_inputs(plan, self.blocks.block_size, self.blocks.chunk_size, self._device)
         hidden_TX = self.model.hidden(inputs)
+        self._prompt_logprobs(plan, hidden_TX)
         if not len(inputs.sample_rows):
             return []
         logits_SV = self.model.logits(hidden_TX[inputs.sample_rows])
         return sample(logits_SV, [item.sequence for item in plan if item.samples])
+
+    def _prompt_logprobs(self, plan: Rows[Scheduled], hidden_TX: Tensor) -> None:
+        first_row = 0
+        for item in plan:
+            sequence, count = item.sequence, item.sequence.sampling.prompt_logprobs
+            rows = hidden_TX[first_row : first_row + item.end - item.start]
+            first_row += item.end - item.start
+            if count is None or sequence.output_ids:
+                continue  # not asked for, or taken already: this is a replay
+            # The row at a position predicts the next one; computed again after a preemption, it is written again.
+            targets = sequence.prompt_ids[item.start + 1 : item.end + 1]
+            del sequence.prompt_logprobs[item.start :]
+            for start in range(0, len(targets), LOGITS_ROWS):
+                some = targets[start : start + LOGITS_ROWS]
+                logits_SV = self.model.logits(rows[start : start + len(some)])
+                sequence.prompt_logprobs += logprobs(logits_SV, some, count)
 
 
 def _max_model_len(engine: EngineConfig, model: ModelConfig, blocks: KVBlocks) -> int:

@@ -5,13 +5,14 @@ the rest of the budget goes to prompts, oldest first. When blocks run out the yo
 back and is computed again later, so the oldest always gets on.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from workers.block_pool import KVBlocks
-from workers.sequence import Sample, Sequence, SequenceKey
+from workers.sequence import Logprobs, Sample, Sequence, SequenceKey
 
 
 class Finish(Enum):
@@ -19,6 +20,9 @@ class Finish(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    DEADLINE = "deadline"
+    ABORT = "abort"
+    """By another router than the one that submitted it."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,18 @@ class Scheduled:
     @property
     def samples(self) -> bool:
         """Whether these are its last known tokens, so that the next one is drawn."""
-        return self.end == self.sequence.num_tokens
+        return self.end == self.sequence.num_tokens and self.sequence.wants_output
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """One new token of one sequence."""
+    """One new token of one sequence, or its end without one."""
 
     sequence: Sequence
-    sample: Sample
+    sample: Sample | None
     finish: Finish | None
+    prompt_logprobs: list[Logprobs]
+    """With the first token, where they were asked for."""
 
 
 class Scheduler:
@@ -54,10 +60,12 @@ class Scheduler:
 
     def __init__(self, blocks: KVBlocks, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         self._blocks = blocks
-        self._budget, self._max_num_seqs = max_num_batched_tokens, max_num_seqs
+        self._budget, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._known: dict[SequenceKey, Sequence] = {}
+        # Of sequences that were added; one may have ended since.
+        self._deadlines: list[tuple[float, SequenceKey]] = []
         self.num_preemptions = 0
 
     @property
@@ -74,6 +82,11 @@ class Scheduler:
         return sum(sequence.num_pending_tokens for sequence in self._known.values())
 
     @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens the pool of the global layers' blocks holds."""
+        return self._blocks.global_.num_blocks * self._blocks.block_size
+
+    @property
     def kv_usage_ratio(self) -> float:
         """0 to 1: the fuller pool of blocks."""
         return self._blocks.usage_ratio
@@ -88,6 +101,38 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.key} exists already")
         self._known[sequence.key] = sequence
         self._waiting.append(sequence)
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.key))
+            if len(self._deadlines) > 2 * len(self._known) + 64:  # Most of them ended long before.
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._known]
+                heapq.heapify(self._deadlines)
+
+    def expire(self, now: float) -> list[Emitted]:
+        """End the sequences whose deadline has passed, by time.monotonic, and free their blocks."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = self._known.get(heapq.heappop(self._deadlines)[1])
+            if sequence is not None:
+                self.abort(sequence.key)
+                ended.append(Emitted(sequence, None, Finish.DEADLINE, []))
+        return ended
+
+    def cancel(self, router: str, tenant: str, request_id: str, sibling: int | None) -> list[Emitted]:
+        """End what other routers than `router` submitted of a request, and free its blocks.
+
+        Args:
+            sibling: only this output of the request; None: all of them.
+        """
+        found = [
+            sequence
+            for sequence in self._known.values()
+            if sequence.request[:2] == (tenant, request_id)
+            and sibling in (None, sequence.request[2])
+            and sequence.key[0] != router
+        ]
+        for sequence in found:
+            self.abort(sequence.key)
+        return [Emitted(sequence, None, Finish.ABORT, []) for sequence in found]
 
     def abort(self, key: SequenceKey) -> bool:
         """End a sequence and free its blocks at once; False if it is not here (it may just have finished)."""
@@ -138,6 +183,10 @@ class Scheduler:
             sequence.num_computed_tokens = item.end
             self._blocks.trim(sequence.blocks, item.end)
             if not draws:
+                if not sequence.wants_output and item.end == sequence.num_tokens:
+                    self._running.remove(sequence)
+                    self._forget(sequence)
+                    emitted.append(Emitted(sequence, None, Finish.LENGTH, sequence.prompt_logprobs))
                 continue
             sample = next(drawn)
             sequence.output_ids.append(sample.token_id)
@@ -145,7 +194,8 @@ class Scheduler:
             if finish is not None:
                 self._running.remove(sequence)
                 self._forget(sequence)
-            emitted.append(Emitted(sequence, sample, finish))
+            emitted.append(Emitted(sequence, sample, finish, sequence.prompt_logprobs))
+            sequence.prompt_logprobs = []
         return emitted
 
     def check_integrity(self) -> None:
@@ -159,7 +209,7 @@ class Scheduler:
     def _admit(self) -> None:
         # A block is kept back for every running sequence: admitting more than can take a step would only preempt them.
         free = min(self._blocks.global_.num_free, self._blocks.local.num_free) - len(self._running)
-        while self._waiting and len(self._running) < self._max_num_seqs:
+        while self._waiting and len(self._running) < self.max_num_seqs:
             first_tokens = min(self._waiting[0].num_pending_tokens, self._budget)
             free -= -(-first_tokens // self._blocks.block_size)
             if self._running and free < 0:

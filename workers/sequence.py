@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from workers.block_pool import SequenceBlocks
 
+RequestKey = tuple[str, str, int]
+"""(tenant, the client's id of the request, sibling)."""
 SequenceKey = tuple[str, int]
 """(router, the router's number for the stream)."""
 
@@ -26,6 +28,8 @@ class SamplingParams:
     sibling: int = 0
     logprobs: int | None = None
     """Alternatives returned beside the chosen token's log-probability; None: no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
 
     @property
     def has_penalties(self) -> bool:
@@ -46,9 +50,20 @@ class Sequence:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
+    deadline: float | None = None
+    """When it ends, done or not, by time.monotonic; None: no bound."""
+    request: RequestKey = ("", "", 0)
+    """What other routers know the request by; without an id they do not."""
     num_computed_tokens: int = 0
     blocks: SequenceBlocks = field(default_factory=SequenceBlocks)
     num_preemptions: int = 0
+    prompt_logprobs: list["Logprobs"] = field(default_factory=list)
+    """Entry i is of prompt token i + 1; filled as the prompt is computed, taken with the first output."""
+
+    @property
+    def wants_output(self) -> bool:
+        """False: only the prompt's log-probabilities are asked for."""
+        return self.max_tokens > 0
 
     @property
     def num_tokens(self) -> int:

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 
 import grpc
 
 from protos import gang_pb2, gang_pb2_grpc, inference_pb2
-from workers.inbox import Abort, Add, Inbox, RouterGone
+from workers.inbox import Abort, Add, Cancel, Inbox, RouterGone
 from workers.scheduler import Emitted, Finish
 from workers.sequence import Logprobs, SamplingParams, Sequence
 
@@ -17,6 +18,8 @@ _FINISH = {
     None: inference_pb2.FINISH_REASON_UNSPECIFIED,
     Finish.STOP: inference_pb2.FINISH_REASON_STOP,
     Finish.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    Finish.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
+    Finish.ABORT: inference_pb2.FINISH_REASON_ABORT,
 }
 
 
@@ -46,7 +49,7 @@ class TokenServer(gang_pb2_grpc.RankServicer):
         if first.hello.gang_id != self._header.gang_id or router in self._routers:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"this is gang {self._header.gang_id}, not {first.hello.gang_id}, or router {router} is connected already",
+                f"this is gang {self._header.gang_id} (asked: {first.hello.gang_id}), or router {router} is connected",
             )
         self._routers[router] = outputs
         reader = asyncio.create_task(self._read(router, request_iterator, outputs))
@@ -94,6 +97,10 @@ class TokenServer(gang_pb2_grpc.RankServicer):
                     self._submit(router, message.submit, outputs)
                 case "abort":
                     self._inbox.put(Abort((router, message.abort.sequence_id)))
+                case "cancel":
+                    cancel = message.cancel
+                    sibling = cancel.sibling if cancel.HasField("sibling") else None
+                    self._inbox.put(Cancel(router, cancel.tenant, cancel.request_id, sibling))
                 case other:
                     log.warning("router %s sent %s after Hello: ignored", router, other)
 
@@ -115,11 +122,16 @@ class TokenServer(gang_pb2_grpc.RankServicer):
             return "the prompt is empty"
         if max(submit.prompt_ids) >= self._vocab_size:
             return f"a prompt id is outside the vocabulary of {self._vocab_size}"
-        if len(submit.prompt_ids) + submit.max_tokens > self._max_model_len or submit.max_tokens < 1:
+        if max(submit.output_ids, default=0) >= self._vocab_size:
+            return f"an output id is outside the vocabulary of {self._vocab_size}"
+        too_few = submit.max_tokens < (0 if submit.sampling.HasField("prompt_logprobs") else 1)
+        if len(submit.prompt_ids) + submit.max_tokens > self._max_model_len or too_few:
             return (
                 f"prompt ({len(submit.prompt_ids)} tokens) and max_tokens ({submit.max_tokens}) "
                 f"do not fit the context of {self._max_model_len}"
             )
+        if submit.output_ids and len(submit.output_ids) >= submit.max_tokens:
+            return f"{len(submit.output_ids)} output tokens are there already, and max_tokens is {submit.max_tokens}"
         return None
 
     def _message(self, step: int, load: gang_pb2.RankLoad | None) -> gang_pb2.StepOutput:
@@ -148,18 +160,24 @@ def _sequence(router: str, submit: gang_pb2.Submit) -> Sequence:
             seed=sampling.seed,
             sibling=submit.sibling,
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         ),
         max_tokens=submit.max_tokens,
         min_tokens=submit.min_tokens,
         stop_token_ids=frozenset(submit.stop_token_ids),
+        deadline=time.monotonic() + submit.timeout_s if submit.HasField("timeout_s") else None,
+        request=(submit.tenant, submit.request_id, submit.sibling),
     )
 
 
 def _output(sequence_id: int, item: Emitted) -> gang_pb2.SequenceOutput:
     output = gang_pb2.SequenceOutput(
-        sequence_id=sequence_id, token_ids=[item.sample.token_id], finish_reason=_FINISH[item.finish]
+        sequence_id=sequence_id,
+        token_ids=[] if item.sample is None else [item.sample.token_id],
+        finish_reason=_FINISH[item.finish],
+        prompt_logprobs=[_logprobs(position) for position in item.prompt_logprobs],
     )
-    if item.sample.logprobs is not None:
+    if item.sample is not None and item.sample.logprobs is not None:
         output.logprobs.append(_logprobs(item.sample.logprobs))
     return output
 

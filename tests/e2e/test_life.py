@@ -78,7 +78,7 @@ def test_an_unknown_key_in_the_file(tmp_path: Path, checkpoint: Path) -> None:
     refused("--model", str(checkpoint), "--config", str(file), says="unknown key 'max_num_sequences'; did you mean")
 
 
-@pytest.mark.parametrize("flag", ["--grpc-port", "--metrics-port"])
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port", "--metrics-port"])
 def test_a_port_in_use(checkpoint: Path, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

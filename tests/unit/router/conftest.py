@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from protos import inference_pb2, inference_pb2_grpc
 from router.config import RouterConfig
+from router.grpc_service import GrpcService
 from router.metrics import RouterMetrics
 from router.model_info import ModelInfo
 from router.service import RouterService
@@ -56,7 +57,20 @@ class House:
     inference: inference_pb2_grpc.InferenceStub
     admin: inference_pb2_grpc.AdminStub
     address: str
+    config: RouterConfig
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    async def another_router(self) -> tuple[RouterService, str]:
+        """One more router before the same gang, and its address."""
+        service, server, address, _ = await serve(self.config, self.leader)
+
+        async def close() -> None:
+            await server.stop(0)
+            await service.close()
+
+        self.closers.insert(0, close)
+        await until(lambda: service.is_ready)
+        return service, address
 
     async def ready(self) -> None:
         await until(lambda: all(rank.hellos for rank in self.ranks))
@@ -70,6 +84,20 @@ class House:
         return [r async for r in self.inference.Generate(inference_pb2.GenerateRequest(**request), timeout=20)]
 
 
+async def serve(config: RouterConfig, leader: FakeLeader) -> tuple[RouterService, aio.Server, str, CollectorRegistry]:
+    async def resolve() -> str:
+        return leader.address
+
+    registry = CollectorRegistry()
+    service = RouterService(config, [resolve], RouterMetrics(registry))
+    server = aio.server(options=[("grpc.max_receive_message_length", -1)])
+    inference_pb2_grpc.add_InferenceServicer_to_server(GrpcService(service), server)
+    inference_pb2_grpc.add_AdminServicer_to_server(GrpcService(service), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    return service, server, address, registry
+
+
 @pytest.fixture
 async def build(config) -> AsyncIterator[Callable[..., Awaitable[House]]]:
     houses: list[House] = []
@@ -78,16 +106,7 @@ async def build(config) -> AsyncIterator[Callable[..., Awaitable[House]]]:
         ranks = [await FakeRank(rank).start() for rank in range(num_ranks)]
         leader = await FakeLeader(ranks).start()
 
-        async def resolve() -> str:
-            return leader.address
-
-        registry = CollectorRegistry()
-        service = RouterService(config, [resolve], RouterMetrics(registry))
-        server = aio.server(options=[("grpc.max_receive_message_length", -1)])
-        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
-        inference_pb2_grpc.add_AdminServicer_to_server(service, server)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
+        service, server, address, registry = await serve(config, leader)
         channel = aio.insecure_channel(address, options=[("grpc.max_send_message_length", -1)])
 
         async def close() -> None:
@@ -100,7 +119,7 @@ async def build(config) -> AsyncIterator[Callable[..., Awaitable[House]]]:
 
         house = House(
             ranks, leader, service, registry,
-            inference_pb2_grpc.InferenceStub(channel), inference_pb2_grpc.AdminStub(channel), address, [close],
+            inference_pb2_grpc.InferenceStub(channel), inference_pb2_grpc.AdminStub(channel), address, config, [close],
         )  # fmt: skip
         houses.append(house)
         if wait:

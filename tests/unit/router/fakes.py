@@ -24,6 +24,9 @@ class FakeRank(gang_pb2_grpc.RankServicer):
         self.hellos: list[gang_pb2.Hello] = []
         self.submits: list[gang_pb2.Submit] = []
         self.aborts: list[int] = []
+        self.cancels: list[gang_pb2.Cancel] = []
+        self.load: gang_pb2.RankLoad | None = None
+        self.work: list[tuple[asyncio.Queue, dict[int, tuple[gang_pb2.Submit, asyncio.Task[None]]]]] = []
         self.outboxes: list[asyncio.Queue[gang_pb2.StepOutput]] = []
         self.server: aio.Server | None = None
         self.address = ""
@@ -49,6 +52,7 @@ class FakeRank(gang_pb2_grpc.RankServicer):
             rank=self.rank,
             incarnation=incarnation or self.incarnation,
             outputs=outputs,
+            load=self.load,
         )
 
     def send(self, message: gang_pb2.StepOutput) -> None:
@@ -66,7 +70,8 @@ class FakeRank(gang_pb2_grpc.RankServicer):
             reader.cancel()
 
     async def _read(self, messages: AsyncIterator[gang_pb2.RouterMessage], outbox: asyncio.Queue) -> None:
-        work: dict[int, asyncio.Task[None]] = {}
+        work: dict[int, tuple[gang_pb2.Submit, asyncio.Task[None]]] = {}
+        self.work.append((outbox, work))
         async for message in messages:
             kind = message.WhichOneof("message")
             if kind == "hello":
@@ -74,11 +79,27 @@ class FakeRank(gang_pb2_grpc.RankServicer):
             elif kind == "submit":
                 self.submits.append(message.submit)
                 task = asyncio.create_task(self._generate(message.submit, outbox))
-                work[message.submit.sequence_id] = task
+                work[message.submit.sequence_id] = (message.submit, task)
                 self._tasks.add(task)
-            else:
+            elif kind == "abort":
                 self.aborts.append(message.abort.sequence_id)
-                work[message.abort.sequence_id].cancel()
+                work[message.abort.sequence_id][1].cancel()
+            else:
+                self.cancels.append(message.cancel)
+                self._cancel(message.cancel, outbox)
+
+    def _cancel(self, cancel: gang_pb2.Cancel, asker: asyncio.Queue) -> None:
+        for outbox, work in self.work:
+            for submit, task in work.values():
+                same = (submit.tenant, submit.request_id) == (cancel.tenant, cancel.request_id)
+                if cancel.HasField("sibling") and cancel.sibling != submit.sibling:
+                    same = False
+                if same and outbox is not asker and not task.done():
+                    task.cancel()
+                    reason = inference_pb2.FINISH_REASON_ABORT
+                    outbox.put_nowait(
+                        self.output(gang_pb2.SequenceOutput(sequence_id=submit.sequence_id, finish_reason=reason))
+                    )
 
     async def _generate(self, submit: gang_pb2.Submit, outbox: asyncio.Queue) -> None:
         made = 0
@@ -87,6 +108,10 @@ class FakeRank(gang_pb2_grpc.RankServicer):
             await asyncio.sleep(self.step_s)
             ids = []
             reason = inference_pb2.FINISH_REASON_UNSPECIFIED
+            if submit.max_tokens == 0:
+                reason = inference_pb2.FINISH_REASON_LENGTH
+            if not submit.max_tokens:
+                reason = inference_pb2.FINISH_REASON_LENGTH
             while len(ids) < self.per_step and not reason:
                 token = submit.prompt_ids[made % len(submit.prompt_ids)]
                 ids.append(token)

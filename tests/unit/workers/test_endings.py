@@ -5,8 +5,9 @@ import time
 import pytest
 
 from protos import gang_pb2, inference_pb2
+from tests.local_engine import LocalRank, engine_config, greedy, prompt
 from workers.block_pool import KVBlocks
-from workers.inbox import Cancel
+from workers.inbox import Add, Cancel
 from workers.scheduler import Finish, Scheduler
 from workers.sequence import Sample, SamplingParams, Sequence
 from workers.token_server import TokenServer, _output
@@ -134,3 +135,43 @@ def test_an_end_without_a_token(scheduler):
     scheduler.add(sequence(1, deadline=1.0))
     output = _output(1, scheduler.expire(2)[0])
     assert output == gang_pb2.SequenceOutput(sequence_id=1, finish_reason=inference_pb2.FINISH_REASON_DEADLINE)
+
+
+# ---- with the real model -------------------------------------------------------------------------------------------
+
+
+def test_the_engine_ends_a_sequence_at_the_next_step_and_says_so(maverick):
+    rank = LocalRank(engine_config(maverick.folder))
+    rank.inbox.put(Add(greedy(1, prompt(1, 40), 1000, deadline=time.monotonic() + 0.2)))
+    rank.inbox.put(Add(greedy(2, prompt(2, 40), 1000, request=("t", "r", 0))))
+    steps = 0
+    while rank.scheduler.num_running != 1:
+        assert rank.engine.step() and steps < 1000
+        steps += 1
+    assert [item.finish for _, emitted in rank.emitted for item in emitted if item.sequence.key[1] == 1][-1] is (
+        Finish.DEADLINE
+    )
+    rank.inbox.put(Cancel("another", "t", "r", None))
+    assert not rank.engine.step()
+    _, emitted = rank.emitted[-1]
+    assert [(item.sequence.key[1], item.finish, item.sample) for item in emitted] == [(2, Finish.ABORT, None)]
+    load = rank.engine.load
+    assert (load.running, load.waiting, load.kv_usage_ratio) == (0, 0, 0)
+    assert load.max_num_seqs == 16 and load.kv_capacity_tokens > 100
+    rank.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("length", [1, 2, 150])
+def test_a_prompt_alone_gets_the_log_probabilities_it_would_get_with_an_output(maverick, length):
+    rank = LocalRank(engine_config(maverick.folder))
+    sampling = SamplingParams(prompt_logprobs=2)
+    for number, max_tokens in ((1, 0), (2, 1)):
+        rank.inbox.put(Add(Sequence(("router", number), prompt(7, length), sampling, max_tokens)))
+        while rank.engine.step():
+            pass
+    ended = {item.sequence.key[1]: item for _, emitted in rank.emitted for item in emitted if item.finish}
+    assert ended[1].finish is ended[2].finish is Finish.LENGTH
+    assert ended[1].sample is None and ended[2].sample is not None
+    assert len(ended[1].prompt_logprobs) == length - 1
+    assert ended[1].prompt_logprobs == ended[2].prompt_logprobs
+    assert rank.engine.load.kv_usage_ratio == 0
