@@ -17,7 +17,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cluster.default_model import ensure_default_model
 from cluster.errors import ExitCode, ServerError
 from cluster.generate import command_error
 from cluster.ports import free_ports
@@ -27,14 +26,13 @@ from protos.errors import CaravanError
 
 PROMPTS = (
     "Call me Ishmael.",
-    "In the beginning",
-    "def fibonacci(n):",
-    "Fellow citizens, the state of our union",
+    "In the beginning God created",
+    "Fellow-Citizens of the Senate",
 )
 RANKS = 4
-MAX_TOKENS = 64
+MAX_TOKENS = 160
 TEMPERATURE = 0.7
-SEED = 7
+SEED = 5
 START_BOUND_S = 180.0
 STOP_BOUND_S = 15.0
 
@@ -52,7 +50,7 @@ class _Stream:
 
     def run(self, client: Client) -> None:
         self.started = time.monotonic()
-        request = make_request(self.prompt, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED, ignore_eos=True)
+        request = make_request(self.prompt, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
         try:
             for response in client.generate(request):
                 if not self.completion.token_ids:
@@ -71,10 +69,10 @@ def run(_arguments: argparse.Namespace) -> int:
     """
     console = Console(highlight=False)
     console.print(
-        f"A server of {RANKS} ranks on a small model with Maverick's shape (random weights: no sense to expect)."
+        f"A server of {RANKS} ranks on nano, a small model of Maverick's shape trained on old books: expect English, "
+        "not sense."
     )
-    model = ensure_default_model()
-    with _server(["--model", str(model), "--ranks", str(RANKS)]) as address, Client(address) as client:
+    with _server(["--ranks", str(RANKS)]) as address, Client(address) as client:
         try:
             served = client.get_model()
             console.print(

@@ -1,6 +1,7 @@
 """The Serve application: a router in front of a gang, on a Ray that is running."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Deployment:
             self._started_application = True
             serve.run(router, name=APPLICATION, route_prefix=None)
         except Exception as error:
-            raise ServerError(f"Ray Serve did not start the server: {_last_line(error)}") from error
+            raise ServerError(f"Ray Serve did not start the server: {_replica_error() or _last_line(error)}") from error
 
     def leader_address(self, timeout_s: float = 30.0) -> str:
         """HOST:PORT of the gang's leader.
@@ -94,6 +95,16 @@ class Deployment:
                 f"ray-address: the Ray at {self._config.serve.ray_address} serves a Caravan already; end that with "
                 "`caravan down`, or join another Ray"
             )
+
+
+def _replica_error() -> str:
+    """What a replica said as it failed to start, or nothing: Serve's own exception only names the deployment."""
+    try:
+        deployments = serve.status().applications[APPLICATION].deployments.values()
+    except Exception:
+        return ""
+    told = re.findall(r"^[\w.]*(?:Error|Exception): (.+)$", "\n".join(d.message for d in deployments), re.MULTILINE)
+    return one_sentence(told[-1], 300) if told else ""
 
 
 def _last_line(error: BaseException) -> str:

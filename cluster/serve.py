@@ -22,7 +22,7 @@ import grpc
 from rich.console import Console
 
 from cluster.config import ServeConfig, load_config
-from cluster.default_model import default_model_dir, ensure_default_model
+from cluster.default_model import default_model_dir
 from cluster.display import LoadingDisplay
 from cluster.errors import CommandError, ExitCode, ServerError, UsageError, one_sentence, report
 from cluster.metrics_endpoint import MetricsEndpoint
@@ -82,8 +82,6 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         arguments.config,
         default_model_dir(),
     )
-    if config.engine.model_dir == default_model_dir():
-        ensure_default_model()
     check(config)
     runtime = RayRuntime(config.serve.ray_address, config.serve.ranks + SPARE_CPUS)
     stdout, stderr = divert_output(runtime.folder / "output.log")

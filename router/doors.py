@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from protos import inference_pb2_grpc
 from router.config import RouterConfig
 from router.errors import RouterConfigError
-from router.grpc_guard import MalformedGuard
+from router.grpc_guard import MessageGuard
 from router.grpc_service import GrpcService
 from router.health import SERVICES, Health
 from router.http_app import build_app
@@ -30,7 +30,9 @@ from router.service import RouterService
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-"""Longest request either door takes: RESOURCE_EXHAUSTED and 413 beyond."""
+"""Longest request either door takes: INVALID_ARGUMENT and 413 beyond."""
+MAX_READ_BYTES = 4 * MAX_MESSAGE_BYTES
+"""What is longer than this gRPC refuses unread, with RESOURCE_EXHAUSTED: nobody can say which field is at fault."""
 READY_GRACE_S = 2.0
 """A replica that starts beside a gang that runs listens once it has reached it, or after this."""
 GONE_AFTER_S = 60
@@ -126,10 +128,10 @@ class Doors:
 
     async def _start_grpc(self, host: str) -> None:
         server = aio.server(
-            interceptors=[MalformedGuard()],
+            interceptors=[MessageGuard(MAX_MESSAGE_BYTES)],
             options=[
                 ("grpc.so_reuseport", 1),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", MAX_READ_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", GONE_AFTER_S * 500),
                 ("grpc.keepalive_timeout_ms", GONE_AFTER_S * 500),

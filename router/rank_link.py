@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from grpc import aio
 
@@ -191,7 +191,11 @@ class RankLink:
         if message.HasField("load"):
             self._take_load(message.load)
             self._told_load_at = time.monotonic()
-        for output in message.outputs:
+        outputs: Iterable[gang_pb2.SequenceOutput] = message.outputs
+        if self._submitted:
+            # Clients are written to in the order of delivery, and who has nothing yet waits the hardest.
+            outputs = sorted(outputs, key=lambda output: output.sequence_id not in self._submitted)
+        for output in outputs:
             stream = self._streams.get(output.sequence_id)
             if stream is None:
                 continue  # Aborted while this was on its way.

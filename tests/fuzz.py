@@ -216,7 +216,7 @@ def fuzz_http(url: str, examples: int) -> Tally:
     tally: Tally = collections.Counter()
     host = url.removeprefix("http://")
     paths = (
-        ["/v1/completions"] * 5 + ["/v1/chat/completions"] * 4 + ["/v1/models", "/v1/models/%00/x", "/readyz", "/%ff"]
+        ["/v1/completions"] * 12 + ["/v1/chat/completions"] * 8 + ["/v1/models", "/v1/models/%00/x", "/readyz", "/%ff"]
     )
 
     @_settings(examples)
@@ -293,7 +293,7 @@ async def fuzz(front: Front, requests: int) -> Tally:
     tally: Tally = collections.Counter()
     for work, address, share in (
         (fuzz_grpc, front.address, requests // 2),
-        (fuzz_http, front.url, requests // 4),
+        (fuzz_http, front.url, requests // 3),
         (fuzz_schema, front.url, requests // 3),
     ):
         run: Callable[[str, int], Tally] = work
@@ -338,6 +338,7 @@ async def _main(requests: int) -> None:
             for name, count in sorted(tally.items()):
                 print(f"  {name:28} {count}")
             print("grown by, MiB a round:", ", ".join(f"{mib:.1f}" for mib in grown))
+            assert sum(grown[2:]) < 100, "it leaks"
 
 
 if __name__ == "__main__":

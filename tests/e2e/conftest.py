@@ -6,22 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from cluster.default_model import default_model_dir
 from tests.e2e.serving import Server
-from workers.random_checkpoint import RandomShape, write_random_checkpoint
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Maverick's shape, 128 experts, at toy size."""
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    write_random_checkpoint(folder, RandomShape(hidden_size=64, num_layers=4, head_dim=16, expert_mlp_size=32))
-    return folder
+def checkpoint() -> Path:
+    """The model in the package."""
+    return default_model_dir()
 
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Four ranks in float32."""
-    server = Server(tmp_path_factory.mktemp("server"), "--model", str(checkpoint), "--dtype", "float32")
+    server = Server(tmp_path_factory.mktemp("server"), "--dtype", "float32")
     try:
         assert server.wait_ready() == f"ready grpc={server.address} http={server.http} metrics={server.metrics}"
         yield server

@@ -40,7 +40,7 @@ def health(address: str) -> int:
 
 def test_completions_of_both_doors_are_the_same(server, client) -> None:
     over_grpc = server.generate(PROMPT, "--max-tokens", "12", "--temperature", "0")
-    settings = {"model": "toy", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    settings = {"model": "nano", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**settings, logprobs=2)
     assert whole.choices[0].text == over_grpc["text"]
     assert whole.usage.completion_tokens == 12
@@ -53,15 +53,15 @@ def test_completions_of_both_doors_are_the_same(server, client) -> None:
     echoed = client.completions.create(**settings, echo=True, logprobs=0)
     assert echoed.choices[0].text == PROMPT + over_grpc["text"]
     assert len(echoed.choices[0].logprobs.tokens) == echoed.usage.total_tokens
-    several = client.completions.create(model="toy", prompt=PROMPT, max_tokens=12, seed=5, n=3)
+    several = client.completions.create(model="nano", prompt=PROMPT, max_tokens=12, seed=5, n=3)
     assert len({choice.text for choice in several.choices}) > 1, "siblings draw their own"
-    again = client.completions.create(model="toy", prompt=PROMPT, max_tokens=12, seed=5, n=3)
+    again = client.completions.create(model="nano", prompt=PROMPT, max_tokens=12, seed=5, n=3)
     assert [choice.text for choice in again.choices] == [choice.text for choice in several.choices]
 
 
 def test_chats(server, client) -> None:
     settings = {
-        "model": "toy",
+        "model": "nano",
         "messages": [{"role": "user", "content": "the sea"}],
         "max_tokens": 12,
         "temperature": 0,
@@ -72,7 +72,7 @@ def test_chats(server, client) -> None:
     chunks = list(client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content for chunk in chunks[:-1]) == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
-    with pytest.raises(openai.NotFoundError, match="this is 'toy'"):
+    with pytest.raises(openai.NotFoundError, match="this is 'nano'"):
         client.chat.completions.create(**{**settings, "model": "other"})
 
 
@@ -89,7 +89,7 @@ async def test_a_common_load(server) -> None:
 
     async def stream_one(session: aiohttp.ClientSession) -> int:
         body = {
-            "model": "toy",
+            "model": "nano",
             "prompt": [rng.randrange(20, 2000) for _ in range(128)],
             "max_tokens": 64,
             "temperature": 0,
@@ -113,7 +113,7 @@ async def test_a_common_load(server) -> None:
 
 
 def test_clients_that_leave_free_their_blocks(server) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(
         f"http://{server.http}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )

@@ -47,7 +47,8 @@ def bad_model(folder: Path, checkpoint: Path, kind: str) -> Path:
         edits = {"another type": {"model_type": "llama"}, "wrong shape": {"num_local_experts": 64}}
         config = json.loads((model / "config.json").read_text())
         # A layer more than the weights have: its tensors are missing.
-        edits["missing tensor"] = {"num_hidden_layers": config["num_hidden_layers"] + 1}
+        layers = config["num_hidden_layers"] + 1
+        edits["missing tensor"] = {"num_hidden_layers": layers, "no_rope_layers": [1] * layers}
         (model / "config.json").write_text(json.dumps({**config, **edits[kind]}))
     return model
 
@@ -129,7 +130,7 @@ def test_a_lost_rank_and_down(start: Starter, checkpoint: Path) -> None:
     server = start("--model", str(checkpoint), "--ranks", "2")
     server.wait_ready()
     with Client(server.address) as client:
-        stream = client.generate(make_request("x", max_tokens=4000, ignore_eos=True))
+        stream = client.generate(make_request("x", max_tokens=1900, ignore_eos=True))
         next(stream)
         psutil.Process(server.status()["gangs"][0]["ranks"][1]["pid"]).kill()
         with pytest.raises(CaravanError) as caught:
@@ -146,7 +147,7 @@ def test_a_lost_rank_and_down(start: Starter, checkpoint: Path) -> None:
         assert "epoch 1 is over" in server.stderr
 
         assert server.caravan("generate", "x", "--max-tokens", "4").returncode == 0
-        stream = client.generate(make_request("x", max_tokens=4000, ignore_eos=True))
+        stream = client.generate(make_request("x", max_tokens=1900, ignore_eos=True))
         next(stream)
         started = time.monotonic()
         down = server.caravan("down")

@@ -109,7 +109,7 @@ def test_text_streams_as_it_is_made(client: Client) -> None:
 
 def test_a_cancel_frees_the_work(client: Client) -> None:
     streams = [
-        client.generate(make_request(PROMPT, max_tokens=4000, seed=number, ignore_eos=True)) for number in range(5)
+        client.generate(make_request(PROMPT, max_tokens=1900, seed=number, ignore_eos=True)) for number in range(5)
     ]
     for stream in streams:
         assert next(stream).token_ids
@@ -123,7 +123,7 @@ def test_a_cancel_frees_the_work(client: Client) -> None:
 
 
 def test_a_killed_client_frees_the_work(server: Server, client: Client) -> None:
-    arguments = ["generate", PROMPT, "--max-tokens", "4000", "--ignore-eos", "--address", server.address]
+    arguments = ["generate", PROMPT, "--max-tokens", "1900", "--ignore-eos", "--address", server.address]
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.read(20)

@@ -76,20 +76,26 @@ async def test_health_before_and_after_the_gang(local, monkeypatch) -> None:
 
 
 async def test_a_message_too_long_is_refused(front) -> None:
-    request = inference_pb2.TokenizeRequest(text="x" * MAX_MESSAGE_BYTES)
-    for call in (
-        front.inference.Tokenize(request),
-        front.inference.Generate(inference_pb2.GenerateRequest(text=request.text)).read(),
-        front.inference.GenerateOnce(inference_pb2.GenerateRequest(text=request.text)),
+    for factor, code, says in (
+        (1, grpc.StatusCode.INVALID_ARGUMENT, "text: the message has 41943.. bytes; at most 4194304"),
+        (2.5, grpc.StatusCode.INVALID_ARGUMENT, "text: the message has"),
+        (4, grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"),
     ):
-        with pytest.raises(aio.AioRpcError) as caught:
-            await call
-        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"vs. {MAX_MESSAGE_BYTES})" in caught.value.details()
-        assert "grpc-status-details-bin" not in dict(caught.value.trailing_metadata()), "no use to come again"
-    fits = inference_pb2.TokenIds(ids=[5] * (MAX_MESSAGE_BYTES - 100))
+        text = "x" * round(factor * MAX_MESSAGE_BYTES)
+        for call in (
+            front.inference.Tokenize(inference_pb2.TokenizeRequest(text=text)),
+            front.inference.Generate(inference_pb2.GenerateRequest(text=text)).read(),
+            front.inference.GenerateOnce(inference_pb2.GenerateRequest(text=text)),
+        ):
+            with pytest.raises(aio.AioRpcError, match=says) as caught:
+                await call
+            assert caught.value.code() == code
+            assert "grpc-status-details-bin" not in dict(caught.value.trailing_metadata()), "no use to come again"
+    fits, too_long = (inference_pb2.TokenIds(ids=[5] * (MAX_MESSAGE_BYTES + more)) for more in (-100, 100))
     with pytest.raises(aio.AioRpcError, match="tokens; the context takes 256"):
         await front.inference.GenerateOnce(inference_pb2.GenerateRequest(token_ids=fits))
+    with pytest.raises(aio.AioRpcError, match="token_ids: the message has"):
+        await front.inference.GenerateOnce(inference_pb2.GenerateRequest(token_ids=too_long))
 
 
 async def test_bytes_that_are_no_message(front) -> None:
