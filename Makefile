@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs check-contract \
-        fuzz bench-router format stubs wheel hooks clean venv
+        fuzz overload bench-router format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -32,6 +32,9 @@ test-unit: $(READY) ## only tests/unit: no Ray, no network, under a minute
 
 fuzz: $(READY) ## 10,000 random requests on both doors of a router (ARGS="--requests 50000")
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+overload: $(READY) ## five times more requests than a real server can take
+	$(BIN)/python -m tests.overload $(ARGS)
 
 bench-router: $(READY) ## messages a second through a router, beside a bare gRPC server
 	$(BIN)/python -m tests.bench_router $(ARGS)
