@@ -24,11 +24,11 @@ serve: $(READY) ## a server in the foreground, until Ctrl-C (ARGS="--model DIR -
 	$(BIN)/caravan serve $(ARGS)
 
 test: $(READY) ## all tests that need no GPU
-	$(BIN)/python -m pytest tests/unit -n 2 -m "not gpu" --durations=10 $(ARGS)
+	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal -m "not gpu" --durations=10 $(ARGS)
 	$(BIN)/python -m pytest tests/distributed tests/e2e -m "not gpu" --durations=15 $(ARGS)
 
 test-unit: $(READY) ## only tests/unit: no Ray, no network, under a minute
-	$(BIN)/python -m pytest tests/unit -n 2 -m "not gpu" --durations=15 $(ARGS)
+	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)
 
 fuzz: $(READY) ## 10,000 random requests on both doors of a router (ARGS="--requests 50000")
 	$(BIN)/python -m tests.fuzz $(ARGS)

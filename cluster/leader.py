@@ -9,6 +9,7 @@ of times; where the user's input is at fault it fails for good at once.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -173,6 +174,8 @@ class Leader:
                 await asyncio.sleep(self._config.restart_delay_s)
         except Exception as error:
             logger.exception("the leader failed")
+            with contextlib.suppress(Exception):
+                await self._fence()
             self.membership.settle(FAILED, f"the gang's leader failed: {one_sentence(error)}")
 
     async def _live(self) -> Loss:

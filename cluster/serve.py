@@ -225,7 +225,7 @@ class _Server:
         heard = time.monotonic()
         while not self._ending.is_set():
             try:
-                address = deployment.leader_address()
+                address = _leader_address(deployment)
                 with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
                     request = gang_pb2.WatchRequest(router_id=f"caravan-serve-{os.getpid()}")
                     for view in gang_pb2_grpc.LeaderStub(channel).Watch(request):
@@ -235,7 +235,7 @@ class _Server:
                             self._wait_for_router()
                             self._events.put(_Stage.READY)
                             is_announced = True
-            except (grpc.RpcError, ServerError) as error:
+            except (grpc.RpcError, _LeaderGoneError) as error:
                 if self._ending.is_set():
                     return
                 # Serve starts a new leader when one dies.
@@ -256,6 +256,17 @@ class _Server:
                     if time.monotonic() > deadline:
                         raise ServerError(f"the router did not answer in {ROUTER_READY_S:g} s: {error}") from None
                 time.sleep(0.1)
+
+
+class _LeaderGoneError(Exception):
+    """No leader answers at the moment; what else fails is final."""
+
+
+def _leader_address(deployment: Any) -> str:
+    try:
+        return str(deployment.leader_address())
+    except ServerError as error:
+        raise _LeaderGoneError(str(error)) from None
 
 
 def _show(view: gang_pb2.GangView, display: LoadingDisplay, is_announced: bool) -> None:

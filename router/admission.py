@@ -148,7 +148,8 @@ class Admission(Generic[T]):
         free = self._limits.max_queued_tokens - self.queue.total
         own, booked = self.queue.tokens_of(ticket.tenant), self._bookings.tokens_of(ticket.tenant)
         booking = self._bookings.find(ticket.tenant, key, is_retry)
-        if not own and not booked and (ticket.cost <= free or not self.queue.total):
+        others_booked = booked - (booking.cost if booking is not None else 0)
+        if not own and not others_booked and (ticket.cost <= free or not self.queue.total):
             return
         early_s = self._bookings.early_by(booking) if booking is not None else 0.0
         share, before = RETURNING_SHARE, 0

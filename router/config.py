@@ -42,7 +42,7 @@ class RouterConfig:
     reconnect_max_s: float = 2.0
     """Longest pause between two attempts to reach a leader or a rank."""
     max_queued_tokens: int = 262_144
-    """Tokens (prompt and max_tokens) of requests that wait for a rank; one tenant alone may hold two thirds of them."""
+    """Tokens (prompt and max_tokens) of requests that wait for a rank; one tenant alone may hold 41% of them."""
     tokens_per_minute: int = 0
     """Tokens (prompt and output) a minute of each tenant at this router; 0: no bound."""
     tenant_tokens_per_minute: dict[str, int] = field(default_factory=dict)

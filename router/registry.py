@@ -75,6 +75,8 @@ class Registry:
     def connected(self, generation: Generation) -> None:
         """A client reads it again."""
         key = _key(generation.request)
+        if self._resumable.get(key) is not generation:
+            return  # Of the same name only: what is kept under it is another's.
         if timer := self._alone.pop(key, None):
             timer.cancel()
         self._retained_tokens -= self._ended.pop(key, 0)

@@ -16,6 +16,8 @@ from workers.sequence import Logprobs, Sample, SamplingParams, Sequence
 
 # Below it float32 sees no difference from greedy.
 _LEAST_TEMPERATURE = 1e-10
+# Past it float32 has no numbers; every token is as likely as any other long before.
+_MOST_TEMPERATURE = 1e30
 
 
 @torch.inference_mode()
@@ -77,7 +79,9 @@ def _draw(logits_SV: Tensor, sequences: Rows[Sequence], is_sorted: bool) -> Tens
     """One token a row by inverting the distribution's cumulative sum at the row's own random number: [S] int64."""
     device = logits_SV.device
     params = [sequence.sampling for sequence in sequences]
-    temperature_S1 = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params], device=device)
+    temperature_S1 = torch.tensor(
+        [[min(max(p.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)] for p in params], device=device
+    )
     # Less the largest first: a logit divided by a small temperature could overflow.
     probs_SV = torch.softmax((logits_SV - logits_SV.amax(dim=-1, keepdim=True)) / temperature_S1, dim=-1)
     # Without a filter there is nothing to sort for.
@@ -108,8 +112,9 @@ def _top_p(sorted_SV: Tensor, top_p: list[float]) -> Tensor:
     """The likeliest tokens until their sum reaches top_p, the one that reaches it included."""
     top_p_S1 = torch.tensor([[p] for p in top_p], device=sorted_SV.device)
     before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
-    # top_p = 1 keeps all, whatever the rounding of the sum says.
-    return sorted_SV.where((before_SV < top_p_S1) | (top_p_S1 >= 1.0), 0.0)
+    kept_SV = (before_SV < top_p_S1) | (top_p_S1 >= 1.0)  # 1 keeps all, whatever the rounding of the sum says,
+    kept_SV[:, 0] = True  # and the likeliest stays, however small top_p is in float32.
+    return sorted_SV.where(kept_SV, 0.0)
 
 
 def _chosen_logprobs(logits_SV: Tensor, sequences: Rows[Sequence], tokens: list[int]) -> list[Logprobs | None]:

@@ -124,6 +124,19 @@ def test_a_signal_while_loading(start: Starter, checkpoint: Path) -> None:
     assert "Traceback" not in server.stderr
 
 
+@pytest.mark.timeout(180)
+def test_a_gang_that_fails_for_good_ends_the_server(start: Starter, tmp_path: Path) -> None:
+    file = tmp_path / "once.toml"
+    file.write_text("[gang]\nrestarts = 0\n")
+    server = start("--ranks", "2", "--config", str(file))
+    server.wait_ready()
+    psutil.Process(server.status()["gangs"][0]["ranks"][1]["pid"]).kill()
+    assert server.process.wait(40) == 1
+    assert "the gang failed: rank 1" in server.stderr
+    assert "Traceback" not in server.stderr
+    assert server.left == []
+
+
 @pytest.mark.timeout(240)
 def test_a_lost_rank_and_down(start: Starter, checkpoint: Path) -> None:
     """A killed rank fails its streams and not the server; `caravan down` ends it under load."""

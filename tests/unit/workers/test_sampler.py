@@ -342,3 +342,13 @@ def test_siblings_and_positions_draw_differently() -> None:
     seeds = sample(logits, [sequence(n, temperature=1.0, seed=n) for n in range(64)])
     for drawn in (siblings, positions, seeds):
         assert len({item.token_id for item in drawn}) > 55
+
+
+@pytest.mark.parametrize("params", [{"top_p": 1e-60, "temperature": 1.0}, {"top_p": 1e-60, "temperature": 1e300}])
+def test_numbers_that_float32_lacks_still_draw_a_likely_token(params: dict[str, float]) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    sequence = Sequence(("r", 1), [1, 2], SamplingParams(seed=3, **params), max_tokens=4)
+    (drawn,) = sample(logits, [sequence])
+    if params["temperature"] == 1.0:
+        assert drawn.token_id == int(logits.argmax())
+    assert 0 <= drawn.token_id < 50
