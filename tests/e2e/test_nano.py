@@ -15,7 +15,7 @@ from workers.training.corpus import DOCUMENT_SEPARATOR
 from workers.training.evaluate import HeldOut, Quality, evaluate
 from workers.training.nano_model import NanoModel
 
-NANO = Path(__file__).resolve().parents[3] / "workers/nano"
+NANO = Path(__file__).resolve().parents[2] / "workers/nano"
 OPENINGS = ("Call me Ishmael.", "It is a truth universally acknowledged", "In the beginning God created the heaven")
 
 
