@@ -223,7 +223,6 @@ class Scheduler:
             youngest = self._running.pop()
             self._blocks.release(youngest.blocks)
             youngest.num_computed_tokens = 0
-            youngest.num_preemptions += 1
             self.num_preemptions += 1
             self._waiting.appendleft(youngest)
             preempted.append(youngest)

@@ -56,7 +56,6 @@ class Sequence:
     """What other routers know the request by; without an id they do not."""
     num_computed_tokens: int = 0
     blocks: SequenceBlocks = field(default_factory=SequenceBlocks)
-    num_preemptions: int = 0
     prompt_logprobs: list["Logprobs"] = field(default_factory=list)
     """Entry i is of prompt token i + 1; filled as the prompt is computed, taken with the first output."""
 
