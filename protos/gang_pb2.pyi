@@ -310,11 +310,14 @@ class SequenceOutput(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when this is the sequence's last."""
     detail: _builtins.str
     """With FINISH_REASON_ERROR: one sentence."""
+    cached_tokens: _builtins.int
+    """With the first token: of the prompt's tokens, those that the prefix cache had."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -332,10 +335,11 @@ class SequenceOutput(_message.Message):
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         detail: _builtins.str = ...,
         prompt_logprobs: _abc.Iterable[_inference_pb2.PositionLogprobs] | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "detail", b"detail", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -541,18 +545,31 @@ class Loading(_message.Message):
 
     BYTES_READ_FIELD_NUMBER: _builtins.int
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    BYTES_PACKED_FIELD_NUMBER: _builtins.int
+    BYTES_TO_PACK_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     bytes_read: _builtins.int
-    """Checkpoint bytes read so far, and in all."""
+    """Bytes of weights that this rank has mapped or read so far, and in all."""
     bytes_total: _builtins.int
+    bytes_packed: _builtins.int
+    """Bytes of the host's packed copy of the checkpoint written so far, by whichever of its ranks does it, and in all. 0
+    and 0 where it is there already.
+    """
+    bytes_to_pack: _builtins.int
+    note: _builtins.str
+    """What an operator should know of where the weights are. Usually empty."""
     def __init__(
         self,
         *,
         bytes_read: _builtins.int = ...,
         bytes_total: _builtins.int = ...,
+        bytes_packed: _builtins.int = ...,
+        bytes_to_pack: _builtins.int = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_read", b"bytes_read", "bytes_total", b"bytes_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_packed", b"bytes_packed", "bytes_read", b"bytes_read", "bytes_to_pack", b"bytes_to_pack", "bytes_total", b"bytes_total", "note", b"note"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -674,7 +691,7 @@ class Epoch(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     store_address: _builtins.str
-    """HOST:PORT of this epoch's rendezvous store."""
+    """HOST:PORT of this epoch's rendezvous store. Empty for a gang of one rank."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
     @_builtins.property

@@ -80,7 +80,7 @@ def build_router(
     decorate = serve.deployment(
         name="Router",
         num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": num_cpus, "runtime_env": {"env_vars": dict(env or {})}},
+        ray_actor_options={"num_cpus": num_cpus} | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=STOP_S,
         health_check_period_s=2,

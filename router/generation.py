@@ -135,6 +135,7 @@ class Generation:
             response.finish_reason = piece.ending.reason
             response.usage.prompt_tokens = len(self.request.prompt_ids)
             response.usage.completion_tokens = len(self.stream.output_ids)
+            response.usage.cached_tokens = self.stream.cached_tokens
             if piece.ending.error is not None:
                 response.detail = piece.ending.error.message
         return response

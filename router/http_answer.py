@@ -63,6 +63,7 @@ class Output:
         usage.completion_tokens += response.usage.completion_tokens
         if self.counts_prompt:
             usage.prompt_tokens += response.usage.prompt_tokens
+            usage.cached_tokens += response.usage.cached_tokens
         # Where there is no name for it an error follows, which says more.
         return text, logprobs, FINISH_REASONS.get(response.finish_reason)
 

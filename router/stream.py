@@ -58,6 +58,7 @@ class Stream:
         output_ids: all tokens so far, apart from the prompt's; after a stop string, the one that completed it is last.
         ending: how it ended; None while it goes on.
         is_rank_done: the rank itself ended it.
+        cached_tokens: of the prompt's tokens, those that the rank did not need to compute.
 
     Args:
         on_tokens: told of every arrival how many tokens came.
@@ -79,6 +80,7 @@ class Stream:
         self.output_ids: list[int] = []
         self.ending: Ending | None = None
         self.is_rank_done = False
+        self.cached_tokens = 0
         self._text = text
         self._on_tokens = on_tokens
         self._on_end = on_end
@@ -96,6 +98,8 @@ class Stream:
             return
         self._prompt_logprobs.extend(output.prompt_logprobs)
         self._logprobs.extend(output.logprobs)
+        if output.cached_tokens:
+            self.cached_tokens = output.cached_tokens
         reason = output.finish_reason
         self.is_rank_done = reason != UNSPECIFIED
         ids = output.token_ids

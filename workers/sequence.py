@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from protos.block_hash import block_hash, root_hash
 from workers.block_pool import SequenceBlocks
 
 RequestKey = tuple[str, str, int]
 """(tenant, the client's id of the request, sibling)."""
 SequenceKey = tuple[str, int]
 """(router, the router's number for the stream)."""
+
+_ROOT = root_hash()
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Sequence:
     blocks: SequenceBlocks = field(default_factory=SequenceBlocks)
     prompt_logprobs: list["Logprobs"] = field(default_factory=list)
     """Entry i is of prompt token i + 1; filled as the prompt is computed, taken with the first output."""
+    num_cached_tokens: int = 0
+    """Tokens that were there when they were first needed: another sequence had computed them."""
+    was_preempted: bool = False
+    """It gave its blocks back once and is computed again; what it finds in the cache may be its own."""
+    has_emitted: bool = False
+    """A token of it was drawn here."""
+    block_names: list[bytes] = field(default_factory=list)
+    """Of its first blocks, as far as somebody asked."""
 
     @property
     def wants_output(self) -> bool:
@@ -78,6 +89,14 @@ class Sequence:
         if start >= prompt:
             return self.output_ids[start - prompt : end - prompt]
         return self.prompt_ids[start:end] + self.output_ids[: max(0, end - prompt)]
+
+    def block_name(self, block_size: int, number: int) -> bytes:
+        """Name of block `number`, all of whose tokens are known; hashed the first time (protos/block_hash.py)."""
+        names = self.block_names
+        while len(names) <= number:
+            start = len(names) * block_size
+            names.append(block_hash(names[-1] if names else _ROOT, self.tokens(start, start + block_size)))
+        return names[number]
 
 
 @dataclass(frozen=True)

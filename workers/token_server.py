@@ -179,6 +179,9 @@ def _output(sequence_id: int, item: Emitted) -> gang_pb2.SequenceOutput:
     )
     if item.sample is not None and item.sample.logprobs is not None:
         output.logprobs.append(_logprobs(item.sample.logprobs))
+    if item.is_first:
+        # A replayed output may have been in the cache too; it is no part of the prompt.
+        output.cached_tokens = min(item.sequence.num_cached_tokens, len(item.sequence.prompt_ids))
     return output
 
 

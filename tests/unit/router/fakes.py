@@ -25,6 +25,7 @@ class FakeRank(gang_pb2_grpc.RankServicer):
         self.submits: list[gang_pb2.Submit] = []
         self.aborts: list[int] = []
         self.cancels: list[gang_pb2.Cancel] = []
+        self.cached_tokens = 0
         self.load: gang_pb2.RankLoad | None = None
         self.work: list[tuple[asyncio.Queue, dict[int, tuple[gang_pb2.Submit, asyncio.Task[None]]]]] = []
         self.outboxes: list[asyncio.Queue[gang_pb2.StepOutput]] = []
@@ -138,6 +139,7 @@ class FakeRank(gang_pb2_grpc.RankServicer):
                 finish_reason=reason,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                cached_tokens=self.cached_tokens if made == len(ids) else 0,
             )
             await outbox.put(self.output(output))
             if reason:

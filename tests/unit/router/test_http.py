@@ -98,6 +98,19 @@ async def test_a_completion_streams(client) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+async def test_cached_tokens_are_told(front, client) -> None:
+    done = await client.completions.create(model="tiny", prompt="the sea", max_tokens=4)
+    assert done.usage.prompt_tokens_details.cached_tokens == 0
+    front.ranks[0].cached_tokens = 2
+    done = await client.completions.create(model="tiny", prompt="the sea", max_tokens=4, n=3)
+    assert done.usage.prompt_tokens_details.cached_tokens == 2, "of a prompt that counts once"
+    chunks = await events(front, prompt="the sea", max_tokens=4, stream_options={"include_usage": True})
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    messages = [{"role": "user", "content": "the sea"}]
+    chat = await client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    assert chat.usage.prompt_tokens_details.cached_tokens == 2
+
+
 async def test_defaults_of_the_api(front) -> None:
     status, done = await front.post("/v1/completions", prompt="the sea")
     assert (status, done["usage"]["completion_tokens"]) == (200, 16)

@@ -55,6 +55,12 @@ async def test_text_streams_and_the_last_message_says_how_it_ended(house, tokeni
     assert hello.router_id.startswith("router-") and (hello.gang_id, hello.epoch) == ("gang-0", 1)
 
 
+async def test_cached_tokens_are_told(house):
+    house.ranks[0].cached_tokens = 2
+    responses = await house.generate(text="the sea", max_tokens=5)
+    assert responses[-1].usage.cached_tokens == 2
+
+
 async def test_a_text_prompt_gets_begin_of_text_once(house, tokenizer):
     await house.generate(text="the sea", max_tokens=1)
     assert list(house.ranks[0].submits[0].prompt_ids) == tokenizer.encode("the sea")

@@ -105,6 +105,8 @@ def test_max_model_len(maverick: Written) -> None:
         ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu, cuda"),
         ({"block_size": 0}, "block_size: must be at least 1, got 0"),
         ({"kv_memory_bytes": -1}, "kv_memory_bytes: must be at least 1, got -1"),
+        ({"prefill_step_ratio": 1.0}, "prefill_step_ratio: must be more than 1, .*, or 0 for no bound; got 1.0"),
+        ({"prefill_step_ratio": float("nan")}, "prefill_step_ratio: must be more than 1"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens: must be at least 1, got 0"),
         (
             {"max_num_seqs": 9, "max_num_batched_tokens": 8},

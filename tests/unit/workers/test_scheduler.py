@@ -1,7 +1,7 @@
 """The scheduler with a model that is a hash: it keeps its budget, starves nobody and loses nothing."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.block_pool import KVBlocks
-from workers.scheduler import Emitted, Finish, Scheduled, Scheduler
+from workers.prompt_limit import StepWork
+from workers.scheduler import Emitted, Finish, Scheduled, Scheduler, step_work
 from workers.sequence import Sample, SamplingParams, Sequence
 
 
@@ -30,28 +31,37 @@ def alone(sequence: Sequence) -> list[int]:
             return output
 
 
+def prefixes(tokens: Iterable[int]) -> list[int]:
+    """For each position, a number that stands for all tokens up to it: what its keys and values are made of."""
+    made, last = [], 0
+    for token in tokens:
+        last = hash((last, token))
+        made.append(last)
+    return made
+
+
 class FakeRunner:
-    """Stores each position in its slot and reads all that attention would read, through the block tables."""
+    """Stores what each position stands for in its slot and reads all that attention would read, through the block
+    tables; whoever computed it, it must be what the sequence itself would have."""
 
     def __init__(self, blocks: KVBlocks) -> None:
         self.blocks = blocks
-        self.memory: dict[tuple[str, int], tuple[Any, int, int]] = {}
+        self.memory: dict[tuple[str, int], int] = {}
 
     def execute(self, plan: list[Scheduled]) -> list[Sample]:
         chunk = self.blocks.chunk_size
-        for item in plan:
+        wanted = [prefixes(item.sequence.tokens(0, item.sequence.num_tokens)) for item in plan]
+        for item, want in zip(plan, wanted, strict=True):
             known = item.sequence.tokens(0, item.sequence.num_tokens)
             assert known == item.sequence.prompt_ids + item.sequence.output_ids
             assert item.sequence.tokens(item.start, item.end) == known[item.start : item.end]
             for position in range(item.start, item.end):
                 for name in ("global_", "local"):
-                    self.memory[self._slot(item, name, position)] = (item.sequence, position, known[position])
-        for item in plan:
-            known = item.sequence.tokens(0, item.sequence.num_tokens)
+                    self.memory[self._slot(item, name, position)] = want[position]
+        for item, want in zip(plan, wanted, strict=True):
             for name, first in (("global_", 0), ("local", item.start // chunk * chunk)):
                 for position in range(first, item.end):
-                    want = (item.sequence, position, known[position])
-                    assert self.memory[self._slot(item, name, position)] == want, "a key is not where it was stored"
+                    assert self.memory[self._slot(item, name, position)] == want[position], "a key is not where it is"
         return [Sample(next_token(item.sequence.tokens(0, item.end))) for item in plan if item.samples]
 
     def _slot(self, item: Scheduled, name: str, position: int) -> tuple[str, int]:
@@ -62,9 +72,18 @@ class FakeRunner:
 
 
 class Harness:
-    def __init__(self, blocks: KVBlocks, budget: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        blocks: KVBlocks,
+        budget: int,
+        max_num_seqs: int,
+        prefix_cache: bool = True,
+        seconds: Callable[[StepWork], float] | None = None,
+    ) -> None:
+        """`seconds` is how long the scheduler is told that a step took; None: it is told nothing."""
+        self.seconds = seconds
         self.blocks, self.budget, self.max_num_seqs = blocks, budget, max_num_seqs
-        self.scheduler = Scheduler(blocks, budget, max_num_seqs)
+        self.scheduler = Scheduler(blocks, budget, max_num_seqs, prefix_cache)
         self.runner = FakeRunner(blocks)
         self.alive: list[Sequence] = []
         self.want: dict[Any, list[int]] = {}
@@ -83,6 +102,9 @@ class Harness:
         before = {item.sequence.key: item.sequence.num_computed_tokens for item in plan}
         sampling = [item.sequence for item in plan if item.samples]
         emitted = self.scheduler.commit(plan, self.runner.execute(plan))
+        if self.seconds is not None:
+            work = step_work(Scheduled(item.sequence, item.start, item.end) for item in plan)
+            self.scheduler.observe([work], 0, self.seconds(work))
         assert [item.sequence for item in emitted] == sampling
         for item in plan:
             assert item.sequence.num_computed_tokens == item.end > before[item.sequence.key]
@@ -106,12 +128,14 @@ class Harness:
         assert len(set(keys)) == len(keys)
         for item in plan:
             assert item.start == item.sequence.num_computed_tokens < item.end <= item.sequence.num_tokens
-        if self.alive:
+        if self.alive and self.seconds is None:
             assert self.alive[0].key in keys, "the oldest does not get on"
 
     def finish(self) -> int:
         """Steps until all is done; bounded by every token of every sequence, one after another."""
         bound = sum(len(sequence.prompt_ids) + sequence.max_tokens for sequence in self.alive)
+        if self.seconds is not None:  # Prompts pause for decoding to be measured alone.
+            bound = 2 * bound + 2
         steps = 0
         while self.alive:
             self.step()
@@ -138,9 +162,11 @@ def draw_sequence(data: st.DataObject, key: tuple[str, int], longest: int) -> Se
     output = data.draw(st.integers(0, min(3, room - 1)), label="replayed tokens")
     max_tokens = data.draw(st.integers(output + 1, room), label="max_tokens")
     stops = data.draw(st.sampled_from([frozenset(), frozenset({1}), frozenset(range(25))]), label="stop ids")
+    # Prompts of one family begin alike.
+    family, common = data.draw(st.integers(0, 2), label="family"), data.draw(st.integers(0, prompt), label="in common")
     return Sequence(
         key,
-        prompt_ids=[key[1] * 7 + position for position in range(prompt)],
+        prompt_ids=[(family if position < common else 100 + key[1]) * 60 + position for position in range(prompt)],
         output_ids=list(range(output)),
         sampling=SamplingParams(),
         max_tokens=max_tokens,
@@ -155,7 +181,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(**POOLS, data=st.data())
     def start(self, num_global: int, num_local: int, block: int, chunk: int, budget: int, data: st.DataObject) -> None:
         blocks = KVBlocks(num_global, num_local, block, chunk)
-        self.harness = Harness(blocks, budget, data.draw(st.integers(1, min(budget, 8)), label="max_num_seqs"))
+        self.harness = Harness(
+            blocks,
+            budget,
+            data.draw(st.integers(1, min(budget, 8)), label="max_num_seqs"),
+            prefix_cache=data.draw(st.booleans(), label="prefix cache"),
+            seconds=data.draw(
+                st.sampled_from([None, lambda work: 0.01, lambda work: 0.001 + work.tokens]), label="pace"
+            ),
+        )
         self.longest = min(blocks.longest(budget), 60)
         self.count = 0
 
@@ -236,7 +270,7 @@ def crowd(count: int, blocks: KVBlocks, budget: int, max_num_seqs: int, prompt: 
 
 def test_preemption_recomputes_and_nobody_starves() -> None:
     # Room for two and a half sequences of the twelve that run at once.
-    harness = crowd(12, KVBlocks(14, 14, 4, 100), budget=16, max_num_seqs=12)
+    harness = crowd(12, KVBlocks(12, 12, 4, 100), budget=16, max_num_seqs=12)
     harness.finish()
     assert harness.scheduler.num_preemptions > 0
 
@@ -251,6 +285,25 @@ def test_the_oldest_is_never_preempted() -> None:
         assert oldest.num_computed_tokens > computed
         order += [item.sequence.key[1] for item in emitted if item.finish]
     assert order == sorted(order)
+
+
+def test_a_prompt_of_one_token_makes_place_for_an_older_one() -> None:
+    """It is planned first, as decoding is; when the older prompt then lacks a block, its place is taken back."""
+    harness = Harness(KVBlocks(9, 9, 2, 100), budget=3, max_num_seqs=2)
+    harness.add(Sequence(("a", 1), list(range(13)), SamplingParams(), 1))
+    harness.step()
+    young = Sequence(("a", 2), [50], SamplingParams(), 12)
+    harness.add(young)
+    # 2 and 1 tokens a step; in the fifth they need 10 blocks.
+    for tokens in range(1, 5):
+        harness.step()
+        assert len(young.output_ids) == tokens
+    plan = harness.scheduler.plan()
+    assert [(item.sequence.key[1], item.start, item.end) for item in plan] == [(1, 11, 13)]
+    assert (harness.scheduler.num_preemptions, harness.scheduler.num_waiting) == (1, 1)
+    harness.scheduler.commit(plan, harness.runner.execute(plan))
+    harness.forget(lambda sequence: sequence is young)
+    harness.finish()
 
 
 def test_decoding_goes_before_prompts_and_prompts_take_the_rest() -> None:
