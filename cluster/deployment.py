@@ -13,12 +13,10 @@ from cluster.errors import ServerError, UsageError, one_sentence
 from cluster.gang import DEPLOYMENT, GangConfig, build_gang
 from cluster.metrics_endpoint import ENVIRONMENT_VARIABLE
 from cluster.ray_launcher import remove_leftovers
-from cluster.ray_runtime import within
+from cluster.ray_runtime import SERVE_ENVIRONMENT, within
 from router.app import build_router
 
 APPLICATION = "caravan"
-# Replicas have one event loop, for Serve's calls and ours: gRPC does badly with two in a process.
-SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
 
 class Deployment:
@@ -30,7 +28,10 @@ class Deployment:
 
     def __init__(self, config: ServeConfig, metrics_folder: Path) -> None:
         self._config = config
-        self._measured_env = {ENVIRONMENT_VARIABLE: str(metrics_folder)}
+        # Processes of a Ray of our own have all this from the start; see RayRuntime.start.
+        is_own = not config.serve.ray_address
+        self._serve_env = {} if is_own else SERVE_ENVIRONMENT
+        self._measured_env = {} if is_own else {ENVIRONMENT_VARIABLE: str(metrics_folder)}
         self._started_serve = False
         self._started_application = False
 
@@ -57,10 +58,10 @@ class Deployment:
                     rank_env=self._measured_env,
                     host="" if config.serve.ray_address else "127.0.0.1",
                 ),
-                SERVE_ENVIRONMENT,
+                self._serve_env,
             )
             router = build_router(
-                config.router, [gang], num_replicas=config.serve.routers, env=SERVE_ENVIRONMENT | self._measured_env
+                config.router, [gang], num_replicas=config.serve.routers, env=self._serve_env | self._measured_env
             )
             self._started_application = True
             serve.run(router, name=APPLICATION, route_prefix=None)

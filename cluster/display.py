@@ -7,13 +7,14 @@ from protos import gang_pb2
 
 
 class LoadingDisplay:
-    """Shows stages and each rank's bytes read, from construction to `close`."""
+    """Shows stages and each rank's bytes of weights, from construction to `close`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._is_terminal = self._console.is_terminal
         self._stage = ""
         self._note = ""
+        self._told: set[str] = set()
         self._epoch = 0
         self._ranks: dict[int, TaskID] = {}
         self._progress = Progress(
@@ -46,18 +47,26 @@ class LoadingDisplay:
         for rank in view.ranks:
             if rank.rank not in self._ranks:
                 self._ranks[rank.rank] = self._progress.add_task(f"rank {rank.rank}", total=None, state="")
+            loading = rank.loading
+            is_packing = loading.bytes_to_pack and not loading.bytes_total
             self._progress.update(
                 self._ranks[rank.rank],
-                completed=rank.loading.bytes_read,
-                total=rank.loading.bytes_total or None,
-                state=rank.state,
+                completed=loading.bytes_packed if is_packing else loading.bytes_read,
+                total=(loading.bytes_to_pack if is_packing else loading.bytes_total) or None,
+                state="packing" if is_packing else rank.state,
             )
+            if loading.note and loading.note not in self._told:
+                self._told.add(loading.note)
+                self.note(loading.note)
         read = sum(rank.loading.bytes_read for rank in view.ranks)
+        packing = max((rank.loading.bytes_to_pack for rank in view.ranks if not rank.loading.bytes_total), default=0)
         if view.epoch != self._epoch and self._epoch:
             self.note(view.detail)
         self._epoch = view.epoch
         if view.state == "ready":
             self.stage(f"{len(view.ranks)} ranks are ready; they read {read / 1e6:.1f} MB of weights")
+        elif packing:
+            self.stage(f"packing {packing / 1e6:.1f} MB of weights, once for all starts with this checkpoint")
         elif any(rank.state in ("loading", "ready") for rank in view.ranks):
             self.stage("loading weights")
         elif all(rank.state == "starting" for rank in view.ranks):

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import importlib
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +12,13 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.leader import Leader, LeaderConfig
+from cluster.leader import Leader, LeaderConfig, Store
 from cluster.ray_launcher import RayLauncher, own_host, remove_leftovers
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
-from workers.rendezvous import RendezvousStore
 
 DEPLOYMENT = "Gang"
+STORE_MODULE = "workers.rendezvous"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,12 @@ class Gang:
             engine,
             config.leader,
             self._launcher,
-            RendezvousStore,
+            _open_store,
         )
         self._start = asyncio.get_running_loop().create_task(self._leader.start())
+        if config.num_ranks > 1:
+            # Their store needs torch, whose import takes seconds, in which ranks start.
+            threading.Thread(target=importlib.import_module, args=(STORE_MODULE,), daemon=True).start()
 
     async def leader_address(self) -> str:
         """HOST:PORT of the leader's gRPC server."""
@@ -76,12 +81,17 @@ def build_gang(config: GangConfig, env: Mapping[str, str]) -> Any:
         Gang,
         name=DEPLOYMENT,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(env)}},
+        ray_actor_options={"num_cpus": 0} | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=6,
         health_check_period_s=2,
     )
     return deployment.bind(config)
+
+
+def _open_store(host: str) -> Store:
+    store: Store = importlib.import_module(STORE_MODULE).RendezvousStore(host)
+    return store
 
 
 def _devices(engine: EngineConfig, num_ranks: int) -> tuple[EngineConfig, int]:

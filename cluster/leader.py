@@ -37,7 +37,7 @@ class LeaderConfig:
     join_timeout_s: float = 120.0
     """From a launch until every rank has joined: process start and imports."""
     load_stall_timeout_s: float = 300.0
-    """From the last byte any rank read until every rank is ready."""
+    """From the last byte any rank read or packed until every rank is ready."""
     fence_timeout_s: float = 10.0
     """Until a killed rank's process must be gone."""
     stop_timeout_s: float = 2.0
@@ -196,7 +196,8 @@ class Leader:
             member.experts = self._expert_map.most_experts(rank)
         await self._launch_all()
         await self._until(lambda member: member.joined is not None, config.join_timeout_s, "joined the gang")
-        self._store = await asyncio.to_thread(self._open_store, self._host)
+        if self._num_ranks > 1:
+            self._store = await asyncio.to_thread(self._open_store, self._host)
         command = gang_pb2.LeaderCommand(
             epoch=gang_pb2.Epoch(
                 epoch=epoch,
@@ -205,7 +206,7 @@ class Leader:
                     for rank, member in sorted(membership.members.items())
                     if member.joined is not None
                 ],
-                store_address=self._store.address,
+                store_address=self._store.address if self._store is not None else "",
                 layers=self._expert_map.to_proto(),
             )
         )
@@ -253,7 +254,7 @@ class Leader:
             self._watchers.pop((rank, incarnation), None)
 
     async def _until(self, has: Callable[[Member], bool], bound_s: float, what: str) -> None:
-        """Wait until `has` is true of every rank; bytes read start the bound anew."""
+        """Wait until `has` is true of every rank; bytes read or packed start the bound anew."""
         membership = self.membership
         version, bytes_read, deadline = membership.version, 0, time.monotonic() + bound_s
         while lacking := membership.lacking(has):
@@ -270,7 +271,8 @@ class Leader:
             await self._give_up()
 
     def _bytes_read(self) -> int:
-        return sum(member.loading.bytes_read for member in self.membership.members.values() if member.loading)
+        loadings = [member.loading for member in self.membership.members.values() if member.loading]
+        return sum(loading.bytes_read + loading.bytes_packed for loading in loadings)
 
     async def _first_loss(self) -> Loss:
         version = self.membership.version

@@ -77,7 +77,7 @@ class RayLauncher:
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, config.rank),
-            runtime_env={"env_vars": self._env},
+            **({"runtime_env": {"env_vars": self._env}} if self._env else {}),
         ).remote(config)
         self._ends[key] = asyncio.create_task(self._watch(key, config.host))
 

@@ -9,11 +9,12 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import ServerError, UsageError, one_sentence
+from cluster.lean_ray import SYSTEM_CONFIG, lean_head
 from cluster.processes import adopt_orphans, end_descendants
 
 NAMESPACE = "caravan"
@@ -22,6 +23,8 @@ NAMESPACE = "caravan"
 # puts an address of the network in its place.
 OWN_ADDRESS = "127.0.0.2"
 OBJECT_STORE_BYTES = 100 * 2**20
+# Replicas have one event loop, for Serve's calls and ours: gRPC does badly with two in a process.
+SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
 
 @dataclass
@@ -31,7 +34,8 @@ class RayRuntime:
 
     Args:
         address: of a running Ray; empty: start one.
-        num_cpus: logical CPUs of a Ray of our own. They are only bookkeeping: Ray admits that many actors.
+        num_cpus: logical CPUs of a Ray of our own. They are only bookkeeping: Ray admits that many actors, and starts
+            that many processes for them at once.
     """
 
     address: str
@@ -46,8 +50,11 @@ class RayRuntime:
     def is_own(self) -> bool:
         return not self.address
 
-    def start(self) -> None:
+    def start(self, env: Mapping[str, str]) -> None:
         """Start or join.
+
+        Args:
+            env: environment of all processes of a Ray of our own, beside the inherited one.
 
         Raises:
             UsageError: nothing answers at `address`.
@@ -57,24 +64,24 @@ class RayRuntime:
         if self.is_own:
             adopt_orphans()
             # Whoever reaches this Ray's ports may run code as this user, so they must know the token.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), **env)
         os.environ["PYTHONPATH"] = _python_path()
         ray = importlib.import_module("ray")
         try:
             if self.is_own:
-                ray.init(
-                    address="local",
-                    namespace=NAMESPACE,
-                    num_cpus=self.num_cpus,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(self.folder),
-                    _node_ip_address=OWN_ADDRESS,
-                    # Every actor gets a process of its own with its own environment: idle ones would only cost time.
-                    _system_config={"prestart_worker_first_driver": False},
-                )
+                with lean_head():
+                    ray.init(
+                        address="local",
+                        namespace=NAMESPACE,
+                        num_cpus=self.num_cpus,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=str(self.folder),
+                        _node_ip_address=OWN_ADDRESS,
+                        _system_config={**SYSTEM_CONFIG, "worker_maximum_startup_concurrency": self.num_cpus},
+                    )
             else:
                 ray.init(address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:

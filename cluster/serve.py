@@ -25,10 +25,10 @@ from cluster.config import ServeConfig, load_config
 from cluster.default_model import default_model_dir
 from cluster.display import LoadingDisplay
 from cluster.errors import CommandError, ExitCode, ServerError, UsageError, one_sentence, report
-from cluster.metrics_endpoint import MetricsEndpoint
+from cluster.metrics_endpoint import ENVIRONMENT_VARIABLE, MetricsEndpoint
 from cluster.placement import check_ranks
 from cluster.ports import check_listens, check_port
-from cluster.ray_runtime import RayRuntime
+from cluster.ray_runtime import SERVE_ENVIRONMENT, RayRuntime
 from cluster.state_file import running_servers, this_server, write_state
 from protos import gang_pb2, gang_pb2_grpc
 from protos.client import Client
@@ -47,6 +47,7 @@ SERVE_FLAGS = (
     "ranks",
     "routers",
     "dtype",
+    "prefix_cache",
     "host",
     "grpc_port",
     "http_port",
@@ -56,8 +57,8 @@ SERVE_FLAGS = (
 LEADER_SILENCE_S = 60.0
 ROUTER_READY_S = 60.0
 DEPLOY_BOUND_S = 180.0
-# Beside the ranks: Serve's actors claim little, but claim it from the same logical CPUs.
-SPARE_CPUS = 4
+# Processes beside ranks and routers: the gang's leader and Serve's controller.
+OTHER_ACTORS = 2
 
 
 class _Stage(Enum):
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         default_model_dir(),
     )
     check(config)
-    runtime = RayRuntime(config.serve.ray_address, config.serve.ranks + SPARE_CPUS)
+    runtime = RayRuntime(config.serve.ray_address, config.serve.ranks + config.serve.routers + OTHER_ACTORS)
     stdout, stderr = divert_output(runtime.folder / "output.log")
     try:
         code = _Server(config, runtime, LoadingDisplay(Console(file=stderr)), stdout).run()
@@ -205,8 +206,10 @@ class _Server:
         """The serving thread. It never ends: Ray's processes end with the thread that started them."""
         try:
             self._display.stage("starting Ray" if self._runtime.is_own else "joining Ray")
-            self._runtime.start()
-            # Imports Ray and torch, which takes seconds.
+            # Ray Serve imports the same web server, and Ray's start mostly waits. It imports nothing of this itself.
+            threading.Thread(target=importlib.import_module, args=("router.doors",), daemon=True).start()
+            self._runtime.start({**SERVE_ENVIRONMENT, ENVIRONMENT_VARIABLE: str(metrics_folder)})
+            # Imports Ray Serve, which takes a second.
             deployment = importlib.import_module("cluster.deployment")
             self._deployment = deployed = deployment.Deployment(self._config, metrics_folder)
             self._display.stage("starting the router and the gang's leader")

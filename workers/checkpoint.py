@@ -36,6 +36,10 @@ class Checkpoint:
         """The whole tensor `name` of `shape`, as `dtype`."""
         return self._read(name, tuple(shape), None).to(dtype)
 
+    def rows(self, name: str, start: int, stop: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Rows `start` to `stop` of the tensor `name`; `shape` is the whole one's."""
+        return self._read(name, tuple(shape), slice(start, stop)).to(dtype)
+
     def expert(self, name: str, expert: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Row `expert` of the fused tensor `name`; `shape` is the fused one, [experts, …]."""
         return self._read(name, tuple(shape), expert).to(dtype)
@@ -44,7 +48,7 @@ class Checkpoint:
         """Bytes of one element of the tensor `name` in the checkpoint."""
         return _ITEM_BYTES.get(self._slice(name).get_dtype(), 2)
 
-    def _read(self, name: str, shape: tuple[int, ...], row: int | None) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], row: int | slice | None) -> Tensor:
         view = self._slice(name)
         if tuple(view.get_shape()) != shape:
             raise UserError(

@@ -54,7 +54,7 @@ def check_checkpoint(folder: Path, model: ModelConfig) -> None:
         UserError: one is not; the sentence names the file and the tensor.
     """
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in _files(folder):
+    for path in checkpoint_files(folder):
         for name, entry in _read_header(path).items():
             stored[name.removeprefix(PREFIX)] = path, tuple(entry["shape"])
     for name, shape in tensor_shapes(model).items():
@@ -68,7 +68,12 @@ def check_checkpoint(folder: Path, model: ModelConfig) -> None:
             )
 
 
-def _files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint: those its index names, else all in the folder.
+
+    Raises:
+        UserError: there are none, or the index is none.
+    """
     index = folder / INDEX
     if index.exists():
         try:

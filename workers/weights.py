@@ -26,7 +26,9 @@ class ExpertWeights:
     """The routed experts of one MoE layer that this rank holds, as rows ([out, in]) for products of few tokens."""
 
     experts: list[int]
-    """Logical numbers, ascending: slot i holds experts[i]."""
+    """Logical numbers, ascending."""
+    slots: list[int]
+    """Where each of them lies in `gate_up` and `down`."""
     gate_up: Tensor
     """[slots, 2 · inner, hidden]."""
     down: Tensor
@@ -158,7 +160,7 @@ class _Loader:
         return MoeWeights(
             router=self._get(prefix + "router.weight", experts, hidden),
             shared=self._mlp(prefix + "shared_expert.", inner),
-            routed=ExpertWeights(held, gate_up, down),
+            routed=ExpertWeights(held, list(range(len(held))), gate_up, down),
         )
 
     def _bytes_needed(self) -> int:
