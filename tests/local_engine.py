@@ -19,7 +19,7 @@ from workers.model_config import ModelConfig
 from workers.runner import TORCH_DTYPES, Runner, resolve_dtype
 from workers.scheduler import Emitted, Scheduler
 from workers.sequence import Sample, SamplingParams, Sequence
-from workers.step_inputs import step_inputs
+from workers.step_inputs import StepInputs
 from workers.weights import ModelWeights, load_weights
 
 
@@ -33,6 +33,8 @@ def engine_config(folder: Path, **overrides: Any) -> EngineConfig:
         "max_num_seqs": 16,
         "threads": 1,
         "exchange_timeout_s": 30.0,
+        # What is planned must not depend on how fast the test runs.
+        "prefill_step_ratio": 0.0,
     }
     return EngineConfig(model_dir=folder, **{**defaults, **overrides})
 
@@ -70,19 +72,27 @@ class LocalRank:
         exchange: Exchange | None = None,
         gang: str = "test",
         publish: Callable[[int, list[Emitted]], None] | None = None,
+        weights: ModelWeights | None = None,
     ) -> None:
         self.members = members or [0]
         self.model = ModelConfig.from_folder(config.model_dir)
         self.map = expert_map or ExpertMap.even(self.model.num_moe_layers, self.model.num_experts, self.members)
         dtype = TORCH_DTYPES[resolve_dtype(config, self.model)]
         self.device = torch.device(config.device)
-        weights = _weights(config.model_dir, self.model, self.map, rank, dtype, self.device)
+        weights = weights or _weights(config.model_dir, self.model, self.map, rank, dtype, self.device)
         self.exchange = exchange or LocalExchange()
         self.runner = Runner(config, self.model, weights, self.map, self.members, self.exchange)
-        self.scheduler = Scheduler(self.runner.blocks, config.max_num_batched_tokens, config.max_num_seqs)
+        self.scheduler = Scheduler(
+            self.runner.blocks,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            config.prefix_cache,
+            config.prefill_step_ratio,
+        )
         self.inbox = Inbox()
-        layers = dict(zip(self.model.moe_layers, self.runner.model.moe_layers, strict=True))
-        self.metrics = RankMetrics(gang, rank, 1, self.exchange, layers)
+        counts = [layer.routed.tokens_E for layer in self.runner.model.moe_layers]
+        expert_tokens = dict(zip(self.model.moe_layers, counts, strict=True))
+        self.metrics = RankMetrics(gang, rank, 1, self.exchange, self.runner.clock, expert_tokens)
         self.emitted: list[tuple[int, list[Emitted]]] = []
         self.engine = Engine(
             self.runner,
@@ -116,7 +126,7 @@ class LocalRank:
         for sequence in sequences:
             self.scheduler.add(sequence)
         while plan := self.scheduler.plan():
-            inputs = step_inputs(plan, self.runner.blocks.block_size, self.model.chunk_size, self.device)
+            inputs = StepInputs(plan, self.runner.blocks.block_size, self.model.chunk_size, self.device)
             logits_TV = self.runner.model.logits(self.runner.model.hidden(inputs))
             for item, rows_nV in zip(plan, logits_TV.split([item.end - item.start for item in plan]), strict=True):
                 rows[item.sequence.key].append(rows_nV)

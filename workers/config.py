@@ -7,6 +7,8 @@ from workers.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+EXCHANGES = ("auto", "shared", "torch")
+KERNELS = ("auto", "native", "eager")
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,46 @@ class EngineConfig:
     """Sequences a rank runs at once at most."""
     max_model_len: int = 0
     """Tokens of the longest sequence; 0: what the checkpoint allows and the KV pools hold."""
+    prefix_cache: bool = True
+    """Keep the KV blocks of sequences that ended until they are needed, for others that begin as they did."""
+    prefill_step_ratio: float = 2.0
+    """While streams run: the longest step with prompts, in steps that only decode; 0: no bound."""
+    kernels: str = "auto"
+    """How CPU ranks compute: "native" kernels, compiled on the host at its first start, "eager" torch operators, or
+    "auto": native where there is a compiler."""
     threads: int = 0
     """Compute threads of a rank; 0: the host's cores shared among its ranks, at least one."""
+    exchange: str = "auto"
+    """How ranks exchange rows: "shared" memory, for CPU ranks of one host, "torch" (torch.distributed: Gloo or NCCL),
+    or "auto": shared where that can be."""
     exchange_timeout_s: float = 60.0
     """Seconds until an exchange that nobody answers is an error."""
+    share_weights: bool = True
+    """CPU ranks of a host map one packed copy of the checkpoint; False: each reads its own part into its own memory."""
+    weights_cache_dir: Path | None = None
+    """Folder of packed checkpoints; None: $XDG_CACHE_HOME/caravan/weights, else ~/.cache/caravan/weights."""
+    weights_cache_bytes: int = 0
+    """Bytes of all packed checkpoints together; 0: half of the file system that folder lies on."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:
             raise UserError(f"device: {self.device!r} is not one of {', '.join(DEVICES)}")
+        if self.kernels not in KERNELS:
+            raise UserError(f"kernels: {self.kernels!r} is not one of {', '.join(KERNELS)}")
+        if self.exchange not in EXCHANGES:
+            raise UserError(f"exchange: {self.exchange!r} is not one of {', '.join(EXCHANGES)}")
         for name in ("block_size", "kv_memory_bytes", "max_num_batched_tokens", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not (self.prefill_step_ratio == 0 or self.prefill_step_ratio > 1):
+            raise UserError(
+                f"prefill_step_ratio: must be more than 1, so that prompts have some time, or 0 for no bound; "
+                f"got {self.prefill_step_ratio}"
+            )
+        if self.weights_cache_bytes < 0:
+            raise UserError(f"weights_cache_bytes: must not be negative, got {self.weights_cache_bytes}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise UserError(
                 f"max_num_seqs: {self.max_num_seqs} is more than max_num_batched_tokens "

@@ -8,7 +8,7 @@ from workers.exchange import Exchange
 from workers.inbox import Abort, Add, Cancel, Inbox
 from workers.metrics import RankMetrics
 from workers.runner import Runner
-from workers.scheduler import Emitted, Scheduler
+from workers.scheduler import Emitted, Scheduler, step_work
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,32 @@ class Engine:
 
     def step(self) -> bool:
         """One step of all ranks. False if none had anything to do."""
-        started = time.perf_counter()
+        clock = self._runner.clock
+        clock.start()
         if ended := self._take_messages() + self._scheduler.expire(time.monotonic()):
             # Whatever becomes of the step, these are over.
             self._update_load()
             self._publish(self._next_step, ended)
         plan = self._scheduler.plan()
-        num_tokens = sum(item.end - item.start for item in plan)
-        agreed = self._exchange.agree(num_tokens)
+        work = step_work(plan)
+        clock.lap("schedule")
+        agreed = self._exchange.agree(work)
+        clock.lap("agree")
         number, self._next_step = self._next_step, self._next_step + 1
-        if not any(agreed):
+        if not any(each.tokens for each in agreed):
+            self._scheduler.observe(agreed, self._exchange.index, 0.0)
             self._update_load()
             return False
         samples = self._runner.execute(plan)
         emitted = self._scheduler.commit(plan, samples)
-        self._tokens_computed += num_tokens
+        self._tokens_computed += work.tokens
         self._update_load()
+        clock.lap("schedule")
         self._publish(number, emitted)
-        self._metrics.observe_step(time.perf_counter() - started, num_tokens, self._scheduler)
+        clock.lap("publish")
+        seconds = clock.finish()
+        self._scheduler.observe(agreed, self._exchange.index, seconds)
+        self._metrics.observe_step(seconds, work.tokens, self._scheduler)
         return True
 
     def _take_messages(self) -> list[Emitted]:

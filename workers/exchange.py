@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from workers.prompt_limit import StepWork
+
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -44,8 +46,8 @@ class Exchange(ABC):
     """Time spent in dispatch and combine since the start, waiting for peers included."""
 
     @abstractmethod
-    def agree(self, tokens: int) -> list[int]:
-        """Open a step: how many tokens each process computes in it."""
+    def agree(self, work: StepWork) -> list[StepWork]:
+        """Open a step: what each process computes in it."""
 
     @abstractmethod
     def dispatch(self, x_RD: Tensor, process_R: Tensor, expert_R: Tensor) -> Dispatched:
@@ -66,8 +68,8 @@ class LocalExchange(Exchange):
     size = 1
     index = 0
 
-    def agree(self, tokens: int) -> list[int]:
-        return [tokens]
+    def agree(self, work: StepWork) -> list[StepWork]:
+        return [work]
 
     def dispatch(self, x_RD: Tensor, process_R: Tensor, expert_R: Tensor) -> Dispatched:
         return Dispatched(x_RD, expert_R, None)

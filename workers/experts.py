@@ -9,6 +9,7 @@ from torch import Tensor
 from workers.exchange import Exchange
 from workers.expert_map import ExpertMap
 from workers.layers import mlp, swiglu
+from workers.step_clock import StepClock
 from workers.weights import ExpertWeights, MoeWeights
 
 
@@ -27,9 +28,12 @@ class Placement:
         # Short rows repeat their first entry; the modulus never reaches the repeats.
         padded = [processes + [processes[0]] * (most - len(processes)) for processes in replicas]
         self._process_EK = torch.tensor(padded, device=device)
+        self._is_replicated = most > 1
 
     def process_of(self, expert_R: Tensor, start: int) -> Tensor:
         """Process each row goes to: the replicas of an expert take its rows in turn, beginning with number `start`."""
+        if not self._is_replicated:
+            return self._process_EK[expert_R, 0]
         turn_R = torch.arange(start, start + len(expert_R), device=expert_R.device) % self._count_E[expert_R]
         return self._process_EK[expert_R, turn_R]
 
@@ -41,7 +45,7 @@ class RoutedExperts:
         self._weights = weights
         device = weights.gate_up.device
         self._slot_E = torch.full((num_experts,), -1, device=device)
-        self._slot_E[weights.experts] = torch.arange(len(weights.experts), device=device)
+        self._slot_E[weights.experts] = torch.tensor(weights.slots, dtype=torch.int64, device=device)
         self.tokens_E = torch.zeros(num_experts, dtype=torch.int64)
 
     def __call__(self, x_SD: Tensor, expert_S: Tensor) -> Tensor:
@@ -76,10 +80,18 @@ class MoeLayer:
     dispatch means scores need not travel. Source: `Llama4TextMoe` in transformers.
     """
 
-    def __init__(self, weights: MoeWeights, placement: Placement, exchange: Exchange, experts_per_token: int) -> None:
+    def __init__(
+        self,
+        weights: MoeWeights,
+        placement: Placement,
+        exchange: Exchange,
+        experts_per_token: int,
+        clock: StepClock | None = None,
+    ) -> None:
         self._weights = weights
         self._placement = placement
         self._exchange = exchange
+        self._clock = clock or StepClock()
         self._top_k = experts_per_token
         self.routed = RoutedExperts(weights.routed, len(weights.router))
 
@@ -91,8 +103,13 @@ class MoeLayer:
         expert_R = expert_TK.flatten()
         # Processes begin their turns at different replicas, or all would send their only token to the first one.
         process_R = self._placement.process_of(expert_R, start=self._exchange.index)
+        self._clock.lap("experts")
         dispatched = self._exchange.dispatch(x_RD, process_R, expert_R)
+        self._clock.lap("exchange")
         y_SD = self.routed(dispatched.x_SD, dispatched.expert_S)
+        self._clock.lap("experts")
         shared_TD = mlp(x_TD, self._weights.shared)
+        self._clock.lap("dense")
         routed_RD = self._exchange.combine(y_SD, dispatched)
+        self._clock.lap("exchange")
         return shared_TD + routed_RD.view(len(x_TD), self._top_k, x_TD.shape[1]).sum(dim=1)

@@ -18,7 +18,6 @@ import grpc
 import torch
 
 from protos import gang_pb2, gang_pb2_grpc
-from workers.checkpoint import Checkpoint
 from workers.config import RankConfig
 from workers.engine import Engine
 from workers.errors import UserError
@@ -28,11 +27,12 @@ from workers.inbox import Inbox
 from workers.lifeline import Lifeline
 from workers.metrics import RankMetrics
 from workers.model_config import ModelConfig
+from workers.packed_loading import LoadProgress, rank_weights
 from workers.runner import TORCH_DTYPES, Runner, resolve_device, resolve_dtype
 from workers.scheduler import Emitted, Scheduler
+from workers.shared_exchange import join_shared
 from workers.token_server import TokenServer
 from workers.torch_exchange import TorchExchange
-from workers.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -101,17 +101,23 @@ class Rank:
         model = ModelConfig.from_folder(engine_config.model_dir)
         dtype = resolve_dtype(engine_config, model)
         expert_map = ExpertMap.from_proto(epoch.layers)
-        checkpoint = Checkpoint(engine_config.model_dir)
-        weights = load_weights(
-            checkpoint, model, expert_map, config.rank, TORCH_DTYPES[dtype], device, progress=self._report_loading
+        weights = rank_weights(
+            engine_config, model, expert_map, config.rank, TORCH_DTYPES[dtype], device, self._report_loading
         )
         exchange = self._join_exchange(epoch, model, weights.embedding.dtype, device)
         members = [member.rank for member in epoch.members]
         try:
             runner = Runner(engine_config, model, weights, expert_map, members, exchange)
-            scheduler = Scheduler(runner.blocks, engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
-            layers = dict(zip(model.moe_layers, runner.model.moe_layers, strict=True))
-            metrics = RankMetrics(config.gang_id, config.rank, epoch.epoch, exchange, layers)
+            scheduler = Scheduler(
+                runner.blocks,
+                engine_config.max_num_batched_tokens,
+                engine_config.max_num_seqs,
+                engine_config.prefix_cache,
+                engine_config.prefill_step_ratio,
+            )
+            counts = [layer.routed.tokens_E for layer in runner.model.moe_layers]
+            expert_tokens = dict(zip(model.moe_layers, counts, strict=True))
+            metrics = RankMetrics(config.gang_id, config.rank, epoch.epoch, exchange, runner.clock, expert_tokens)
             header = gang_pb2.StepOutput(
                 gang_id=config.gang_id, epoch=epoch.epoch, rank=config.rank, incarnation=config.incarnation
             )
@@ -141,25 +147,37 @@ class Rank:
         self, epoch: gang_pb2.Epoch, model: ModelConfig, dtype: torch.dtype, device: torch.device
     ) -> Exchange:
         index = [member.rank for member in epoch.members].index(self.config.rank)
-        if len(epoch.members) == 1:
+        engine, size = self.config.engine, len(epoch.members)
+        if size == 1:
             return LocalExchange()
-        return TorchExchange(
-            epoch.store_address,
-            epoch.epoch,
-            index,
-            len(epoch.members),
-            host=self.config.host,
-            device=device,
-            rows_per_token=model.experts_per_token,
-            row_bytes=model.hidden_size * dtype.itemsize,
-            timeout_s=self.config.engine.exchange_timeout_s,
+        top_k, row_bytes, timeout_s = (
+            model.experts_per_token,
+            model.hidden_size * dtype.itemsize,
+            engine.exchange_timeout_s,
         )
+        if device.type == "cpu" and engine.exchange != "torch":
+            capacity = engine.max_num_batched_tokens * top_k
+            where = (epoch.store_address, epoch.epoch, index, size)
+            shared = join_shared(*where, capacity, top_k, row_bytes, timeout_s)
+            if shared is not None:
+                return shared
+        if engine.exchange == "shared":
+            raise UserError("exchange: shared is asked for, but the ranks have no memory in common; use auto")
+        host = self.config.host
+        return TorchExchange(epoch.store_address, epoch.epoch, index, size, host, device, top_k, row_bytes, timeout_s)
 
-    def _report_loading(self, done: int, total: int) -> None:
-        self._weights_bytes_read = done
+    def _report_loading(self, progress: LoadProgress) -> None:
+        self._weights_bytes_read = progress.read
         if self._inbox.stopped:
             raise InterruptedError("stopped while loading")
-        self._lifeline.send(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=done, bytes_total=total)))
+        loading = gang_pb2.Loading(
+            bytes_read=progress.read,
+            bytes_total=progress.total,
+            bytes_packed=progress.packed,
+            bytes_to_pack=progress.to_pack,
+            note=progress.note,
+        )
+        self._lifeline.send(gang_pb2.RankReport(loading=loading))
 
     def _report_failure(self, error: Exception) -> None:
         log.error("rank %d of gang %s failed: %s", self.config.rank, self.config.gang_id, error)

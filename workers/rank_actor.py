@@ -1,12 +1,16 @@
 """The Ray actor around a rank: where it runs and how it is watched. Everything else is the rank's own."""
 
+import importlib
 import os
 import threading
+from typing import TYPE_CHECKING
 
 import ray
 
 from workers.config import RankConfig
-from workers.rank import Rank
+
+if TYPE_CHECKING:
+    from workers.rank import Rank
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -15,7 +19,8 @@ class RankActor:
 
     def __init__(self, config: RankConfig) -> None:
         os.environ.update(config.env)
-        self._rank = Rank(config)
+        # Here and not above: who launches ranks imports this file, and need not wait for torch.
+        self._rank: Rank = importlib.import_module("workers.rank").Rank(config)
         self._thread = threading.Thread(target=self._run, name="rank-engine", daemon=True)
         self._thread.start()
 

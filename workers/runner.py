@@ -1,5 +1,6 @@
 """Executes a planned step: inputs, model, sampler."""
 
+import logging
 from collections.abc import Sequence as Rows
 
 import torch
@@ -10,14 +11,20 @@ from workers.config import EngineConfig
 from workers.errors import UserError
 from workers.exchange import Exchange
 from workers.expert_map import ExpertMap
+from workers.kernels.build import KernelError, load_kernels
 from workers.kv_cache import KVCache, pool_sizes
 from workers.model import Llama4
 from workers.model_config import ModelConfig
+from workers.native import supports
+from workers.native_model import NativeLlama4
 from workers.sampler import logprobs, sample
 from workers.scheduler import Scheduled
-from workers.sequence import Sample
-from workers.step_inputs import step_inputs
+from workers.sequence import Sample, Sequence
+from workers.step_clock import StepClock
+from workers.step_inputs import StepInputs
 from workers.weights import ModelWeights
+
+log = logging.getLogger(__name__)
 
 # Rows of logits made at once for prompt log-probabilities: a row of the real vocabulary is 0.8 MB.
 LOGITS_ROWS = 64
@@ -65,33 +72,67 @@ class Runner:
         self.blocks = KVBlocks(sizes.num_global, sizes.num_local, engine.block_size, model.chunk_size)
         self.max_model_len = _max_model_len(engine, model, self.blocks)
         cache = KVCache(model, sizes, engine.block_size, dtype, self._device)
-        self.model = Llama4(model, weights, cache, expert_map, members, exchange)
+        self.clock = StepClock()
+        make = _model_class(engine, model, weights)
+        self.model = make(model, weights, cache, expert_map, members, exchange, self.clock)
 
     def execute(self, plan: Rows[Scheduled]) -> list[Sample]:
         """Run the step, with no rows where the plan is empty; samples are in the plan's order."""
-        inputs = step_inputs(plan, self.blocks.block_size, self.blocks.chunk_size, self._device)
-        hidden_TX = self.model.hidden(inputs)
-        self._prompt_logprobs(plan, hidden_TX)
-        if not len(inputs.sample_rows):
+        outputs = [_outputs(item) for item in plan]
+        inputs = StepInputs(plan, self.blocks.block_size, self.blocks.chunk_size, self._device, outputs)
+        hidden_OX = self.model.hidden(inputs)
+        first = 0
+        sample_rows: list[int] = []
+        for item, wanted in zip(plan, outputs, strict=True):
+            if _wants_prompt_logprobs(item.sequence):
+                self._prompt_logprobs(item, hidden_OX[first : first + len(wanted)])
+            first += len(wanted)
+            if item.samples:
+                sample_rows.append(first - 1)
+        if not sample_rows:
             return []
-        logits_SV = self.model.logits(hidden_TX[inputs.sample_rows])
-        return sample(logits_SV, [item.sequence for item in plan if item.samples])
+        logits_SV = self.model.logits(hidden_OX if len(sample_rows) == first else hidden_OX[sample_rows])
+        self.clock.lap("head")
+        samples = sample(logits_SV, [item.sequence for item in plan if item.samples])
+        self.clock.lap("sample")
+        return samples
 
-    def _prompt_logprobs(self, plan: Rows[Scheduled], hidden_TX: Tensor) -> None:
-        first_row = 0
-        for item in plan:
-            sequence, count = item.sequence, item.sequence.sampling.prompt_logprobs
-            rows = hidden_TX[first_row : first_row + item.end - item.start]
-            first_row += item.end - item.start
-            if count is None or sequence.output_ids:
-                continue  # not asked for, or taken already: this is a replay
-            # The row at a position predicts the next one; computed again after a preemption, it is written again.
-            targets = sequence.prompt_ids[item.start + 1 : item.end + 1]
-            del sequence.prompt_logprobs[item.start :]
-            for start in range(0, len(targets), LOGITS_ROWS):
-                some = targets[start : start + LOGITS_ROWS]
-                logits_SV = self.model.logits(rows[start : start + len(some)])
-                sequence.prompt_logprobs += logprobs(logits_SV, some, count)
+    def _prompt_logprobs(self, item: Scheduled, hidden_nX: Tensor) -> None:
+        sequence, count = item.sequence, item.sequence.sampling.prompt_logprobs
+        assert count is not None
+        # The row at a position predicts the next one; computed again after a preemption, it is written again.
+        targets = sequence.prompt_ids[item.start + 1 : item.end + 1]
+        del sequence.prompt_logprobs[item.start :]
+        for start in range(0, len(targets), LOGITS_ROWS):
+            some = targets[start : start + LOGITS_ROWS]
+            logits_SV = self.model.logits(hidden_nX[start : start + len(some)])
+            sequence.prompt_logprobs += logprobs(logits_SV, some, count)
+
+
+def _wants_prompt_logprobs(sequence: Sequence) -> bool:
+    # With outputs they were taken already: this is a replay.
+    return sequence.sampling.prompt_logprobs is not None and not sequence.output_ids
+
+
+def _outputs(item: Scheduled) -> range:
+    """Positions whose hidden states are used: the one that the next token is drawn from, or all for their logits."""
+    if _wants_prompt_logprobs(item.sequence):
+        return range(item.start, item.end)
+    return range(item.end - item.samples, item.end)
+
+
+def _model_class(engine: EngineConfig, model: ModelConfig, weights: ModelWeights) -> type[Llama4] | type[NativeLlama4]:
+    tensor = weights.embedding
+    if engine.kernels == "eager" or tensor.device.type != "cpu" or not supports(model, tensor.dtype):
+        return Llama4
+    try:
+        load_kernels()
+    except KernelError as error:
+        if engine.kernels == "native":
+            raise UserError(f"kernels: native are asked for, but {error}") from None
+        log.warning("computing without CPU kernels, several times slower: %s", error)
+        return Llama4
+    return NativeLlama4
 
 
 def _max_model_len(engine: EngineConfig, model: ModelConfig, blocks: KVBlocks) -> int:

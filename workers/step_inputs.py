@@ -9,11 +9,13 @@ Shape suffixes: T rows of the step, B segments of one query row, M blocks of the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from workers.block_pool import BlockTable
+from workers.paged_rows import PagedRows, paged_rows
 from workers.scheduler import Scheduled
 
 
@@ -46,35 +48,56 @@ class AttentionInputs:
     long: list[LongSegment]
 
 
-@dataclass(frozen=True)
 class StepInputs:
-    """Everything a step computes with."""
+    """Everything a step computes with. How rows see keys is laid out when it is asked for: the eager layers want
+    segments (`global_`, `local`), the kernels rows (`global_rows`, `local_rows`)."""
 
-    token_T: Tensor
-    position_T: Tensor
-    global_: AttentionInputs
-    local: AttentionInputs
-    sample_rows: Tensor
-    """Rows whose logits are wanted, in the order of the plan's sampling sequences, int64."""
+    def __init__(
+        self,
+        plan: Sequence[Scheduled],
+        block_size: int,
+        chunk_size: int,
+        device: torch.device,
+        outputs: Sequence[range] | None = None,
+    ) -> None:
+        """
+        Args:
+            outputs: positions of each planned sequence whose hidden states are wanted, among those that the step
+                computes; None: all of them.
+        """
+        self._plan, self._block_size, self._chunk_size, self._device = plan, block_size, chunk_size, device
+        tokens: list[int] = []
+        rows: list[int] = []
+        for number, item in enumerate(plan):
+            wanted = range(item.start, item.end) if outputs is None else outputs[number]
+            first = len(tokens) - item.start
+            rows += range(first + wanted.start, first + wanted.stop)
+            tokens += item.sequence.tokens(item.start, item.end)
+        self.token_T = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self.output_rows = None
+        """Rows whose hidden states are wanted, int64; None: all."""
+        if len(rows) < len(tokens):
+            self.output_rows = torch.tensor(rows, dtype=torch.int64, device=device)
 
+    @cached_property
+    def position_T(self) -> Tensor:
+        return torch.from_numpy(self.global_rows.position_T).to(self._device)
 
-def step_inputs(plan: Sequence[Scheduled], block_size: int, chunk_size: int, device: torch.device) -> StepInputs:
-    """Lay out the rows of `plan` in its order."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    sample_rows: list[int] = []
-    for item in plan:
-        tokens += item.sequence.tokens(item.start, item.end)
-        positions += range(item.start, item.end)
-        if item.samples:
-            sample_rows.append(len(tokens) - 1)
-    return StepInputs(
-        token_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        position_T=torch.tensor(positions, dtype=torch.int64, device=device),
-        global_=_attention_inputs(plan, None, block_size, device),
-        local=_attention_inputs(plan, chunk_size, block_size, device),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
-    )
+    @cached_property
+    def global_rows(self) -> PagedRows:
+        return paged_rows(self._plan, None, self._block_size)
+
+    @cached_property
+    def local_rows(self) -> PagedRows:
+        return paged_rows(self._plan, self._chunk_size, self._block_size)
+
+    @cached_property
+    def global_(self) -> AttentionInputs:
+        return _attention_inputs(self._plan, self.global_rows, None, self._block_size, self._device)
+
+    @cached_property
+    def local(self) -> AttentionInputs:
+        return _attention_inputs(self._plan, self.local_rows, self._chunk_size, self._block_size, self._device)
 
 
 def _segments(start: int, end: int, chunk_size: int | None) -> Iterator[tuple[int, int, int]]:
@@ -90,18 +113,14 @@ def _segments(start: int, end: int, chunk_size: int | None) -> Iterator[tuple[in
 
 
 def _attention_inputs(
-    plan: Sequence[Scheduled], chunk_size: int | None, block_size: int, device: torch.device
+    plan: Sequence[Scheduled], rows: PagedRows, chunk_size: int | None, block_size: int, device: torch.device
 ) -> AttentionInputs:
-    slots: list[int] = []
+    base = 0
     single: list[tuple[int, BlockTable, int, int]] = []
     long: list[LongSegment] = []
     for item in plan:
         table = item.sequence.blocks.global_ if chunk_size is None else item.sequence.blocks.local
-        base = len(slots) - item.start
-        slots += [
-            table.blocks[position // block_size - table.first] * block_size + position % block_size
-            for position in range(item.start, item.end)
-        ]
+        base -= item.start
         for start, stop, first_key in _segments(item.start, item.end, chunk_size):
             if stop - start == 1:
                 single.append((base + start, table, first_key, start))
@@ -116,9 +135,10 @@ def _attention_inputs(
                     num_keys=stop - first_key,
                 )
             )
+        base += item.end
     blocks_BM, visible_BL = _single_rows(single, block_size)
     return AttentionInputs(
-        slot_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        slot_T=torch.from_numpy(rows.slot_T).to(device),
         single_B=torch.tensor([row for row, *_ in single], dtype=torch.int64, device=device),
         blocks_BM=blocks_BM.to(device),
         visible_BL=visible_BL.to(device),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from workers.errors import ExchangeError
 from workers.exchange import Dispatched, Exchange
+from workers.prompt_limit import StepWork
 from workers.rendezvous import connect
 
 # Bytes of one padded buffer up to which padding costs less than another collective for the counts.
@@ -78,19 +79,19 @@ class TorchExchange(Exchange):
         try:
             store = dist.PrefixStore(f"epoch{epoch}", connect(store_address, timeout_s))
             self._group = _new_group(store, index, size, host, device, timedelta(seconds=timeout_s))
-            self.agree(0)
+            self.agree(StepWork())
         except (RuntimeError, ExchangeError) as error:
             raise ExchangeError(
                 f"process group of {size} ranks not formed over {store_address} within {timeout_s:.0f} s: {error}"
             ) from error
 
-    def agree(self, tokens: int) -> list[int]:
-        mine = torch.tensor([tokens], dtype=torch.int64, device=self._device)
-        everyone = torch.empty(self.size, dtype=torch.int64, device=self._device)
+    def agree(self, work: StepWork) -> list[StepWork]:
+        mine = torch.tensor([work.decode_tokens, work.prompt_tokens], dtype=torch.int64, device=self._device)
+        everyone = torch.empty(2 * self.size, dtype=torch.int64, device=self._device)
         with _errors():
             self._group._allgather_base(everyone, mine).wait()
-        agreed: list[int] = everyone.tolist()
-        rows = max(agreed) * self._rows_per_token
+        agreed = [StepWork(*each) for each in everyone.view(self.size, 2).tolist()]
+        rows = max(each.tokens for each in agreed) * self._rows_per_token
         self._capacity = rows if rows * (self._row_bytes + _EXPERT_BYTES) <= self._padded_limit else None
         return agreed
 

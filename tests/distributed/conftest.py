@@ -1,17 +1,16 @@
-"""One pool of processes for all tests of this folder, checkpoints, and the count of what the exactness rule excused."""
+"""One pool of processes for all tests of this folder, checkpoints and the exactness rule."""
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from tests.checkpoints import MAVERICK, SCOUT, write
 from tests.distributed.processes import Processes
-from tests.exactness import Exactness, Reference, Written
+from tests.written import exactness, maverick, one_thread, pytest_terminal_summary, scout
 from workers.rendezvous import RendezvousStore
 
+__all__ = ["exactness", "maverick", "one_thread", "processes", "pytest_terminal_summary", "scout", "store"]
+
 MOST_PROCESSES = 8
-_exactness = Exactness()
 
 
 @pytest.fixture(scope="session")
@@ -26,33 +25,3 @@ def store() -> Iterator[RendezvousStore]:
     store = RendezvousStore("127.0.0.1")
     yield store
     store.close()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def maverick(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.mktemp("maverick")
-    return Written(folder, Reference(write(folder, MAVERICK)))
-
-
-@pytest.fixture(scope="session")
-def scout(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.mktemp("scout")
-    return Written(folder, Reference(write(folder, SCOUT)))
-
-
-@pytest.fixture(scope="session")
-def exactness() -> Iterator[Exactness]:
-    yield _exactness
-    _exactness.verify()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _exactness.compared:
-        terminalreporter.write_line(f"tests/distributed, {_exactness.summary}")
-        for sentence in _exactness.excused:
-            terminalreporter.write_line(f"  {sentence}")

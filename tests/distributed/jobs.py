@@ -11,10 +11,12 @@ from tests.local_engine import LocalRank, engine_config, greedy
 from workers.exchange import Exchange, LocalExchange
 from workers.expert_map import ExpertMap
 from workers.inbox import Add
+from workers.prompt_limit import StepWork
+from workers.shared_exchange import join_shared
 from workers.torch_exchange import TorchExchange
 
 HIDDEN = 64
-_exchanges: dict[str, TorchExchange] = {}
+_exchanges: dict[str, Exchange] = {}
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,21 @@ class Spot:
     device: str = "cpu"
 
     def exchange(
-        self, epoch: int = 1, rows_per_token: int = 1, row_bytes: int = HIDDEN * 4, timeout_s: float = 30.0, **more: Any
-    ) -> TorchExchange:
+        self,
+        epoch: int = 1,
+        rows_per_token: int = 1,
+        row_bytes: int = HIDDEN * 4,
+        timeout_s: float = 30.0,
+        shared: bool = False,
+        **more: Any,
+    ) -> Exchange:
         device = torch.device(self.device)
+        if shared:
+            exchange = join_shared(
+                self.store_address, epoch, self.index, self.size, 512, rows_per_token, row_bytes, timeout_s
+            )
+            assert exchange is not None
+            return exchange
         return TorchExchange(
             self.store_address,
             epoch,
@@ -63,7 +77,7 @@ def close_exchange(name: str) -> None:
 
 
 def agree(name: str, tokens: int) -> list[int]:
-    return _exchanges[name].agree(tokens)
+    return [work.tokens for work in _exchanges[name].agree(StepWork(prompt_tokens=tokens))]
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ def round_trip(
     x_RD = torch.randn(len(processes), dim, generator=torch.Generator().manual_seed(seed))
     x_RD = x_RD.to(device, getattr(torch, dtype))
     expert_R = torch.tensor(experts, dtype=torch.int64, device=device)
-    agreed = exchange.agree(tokens)
+    agreed = [work.tokens for work in exchange.agree(StepWork(prompt_tokens=tokens))]
     dispatched = exchange.dispatch(x_RD, torch.tensor(processes, dtype=torch.int64, device=device), expert_R)
     assert dispatched.x_SD.dtype == x_RD.dtype
     assert dispatched.x_SD.shape == (len(dispatched.expert_S), dim)
@@ -115,7 +129,7 @@ def _compute(x_SD: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
 def fail_to_agree(name: str, tokens: int) -> tuple[str, str]:
     """Agree where a peer will not: the error's type and sentence."""
     try:
-        _exchanges[name].agree(tokens)
+        _exchanges[name].agree(StepWork(prompt_tokens=tokens))
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""

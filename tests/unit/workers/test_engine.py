@@ -85,7 +85,7 @@ def test_200_requests_a_third_aborted(maverick: Written, exactness: Exactness) -
     chance = random.Random(0)
     collected = Collected()
     config = engine_config(
-        maverick.folder, max_num_batched_tokens=256, max_num_seqs=64, kv_memory_bytes=90 * BLOCK, block_size=16
+        maverick.folder, max_num_batched_tokens=256, max_num_seqs=64, kv_memory_bytes=20 * BLOCK, block_size=2
     )
     rank = LocalRank(config, publish=collected.publish)
     requests = [(prompt(n, chance.choice([1, 3, 20, 36, 37, 38, 60, 120])), chance.randint(1, 30)) for n in range(200)]
@@ -125,7 +125,7 @@ def test_200_requests_a_third_aborted(maverick: Written, exactness: Exactness) -
 def test_preemption_changes_no_token(model: str, request: pytest.FixtureRequest, exactness: Exactness) -> None:
     written: Written = request.getfixturevalue(model)
     requests = [(prompt(n, 10 + 9 * n), 50) for n in range(8)]
-    pressed = LocalRank(engine_config(written.folder, kv_memory_bytes=16 * BLOCK, max_num_seqs=8))
+    pressed = LocalRank(engine_config(written.folder, kv_memory_bytes=16 * BLOCK, max_num_seqs=8, block_size=4))
     outputs = pressed.generate(greedy(n, ids, count) for n, (ids, count) in enumerate(requests))
     assert pressed.scheduler.num_preemptions > 3
     ample = LocalRank(engine_config(written.folder, kv_memory_bytes=2**24))
@@ -153,7 +153,7 @@ def test_a_seeded_request_draws_the_same_alone_in_a_batch_and_preempted(maverick
     alone = outputs_alone(maverick, [seeded(number) for number in range(12)])
     ample = LocalRank(engine_config(maverick.folder))
     assert ample.generate(seeded(number) for number in range(12)) == alone
-    pressed = LocalRank(engine_config(maverick.folder, kv_memory_bytes=9 * BLOCK))
+    pressed = LocalRank(engine_config(maverick.folder, kv_memory_bytes=9 * BLOCK, block_size=4))
     assert pressed.generate(seeded(number) for number in reversed(range(12))) == alone[::-1]
     assert pressed.scheduler.num_preemptions > 0
     assert len({tuple(output) for output in alone}) == 12

@@ -98,6 +98,7 @@ def routed(experts: list[int], num_experts: int = 6) -> tuple[RoutedExperts, Exp
     generator = torch.Generator().manual_seed(0)
     weights = ExpertWeights(
         experts,
+        list(range(len(experts))),
         torch.randn(len(experts), 2 * 5, 8, generator=generator),
         torch.randn(len(experts), 8, 5, generator=generator),
     )
@@ -155,6 +156,9 @@ def test_processes_begin_at_different_replicas() -> None:
 def test_tokens_are_counted_by_expert(maverick: Written) -> None:
     rank = LocalRank(engine_config(maverick.folder))
     rank.generate([greedy(n, prompt(n, 20), 5) for n in range(3)])
-    for layer in rank.runner.model.moe_layers:
+    *most, last = rank.runner.model.moe_layers
+    for layer in most:
         # 20 prompt tokens and 4 of the 5 drawn ones of each.
         assert int(layer.routed.tokens_E.sum()) == 3 * 24
+    # The last layer computes only the rows that a token is drawn from.
+    assert int(last.routed.tokens_E.sum()) == 3 * 5

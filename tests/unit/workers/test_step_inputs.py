@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from workers.block_pool import KVBlocks
 from workers.scheduler import Scheduled
 from workers.sequence import SamplingParams, Sequence
-from workers.step_inputs import AttentionInputs, step_inputs
+from workers.step_inputs import AttentionInputs, StepInputs
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def test_every_row_sees_what_it_should(size: int, chunk: int, runs: list[tuple[i
             for position in range(table.first * size, item.end):
                 slots[table.blocks[position // size - table.first] * size + position % size] = (number, position)
 
-    inputs = step_inputs(plan, size, chunk, CPU)
+    inputs = StepInputs(plan, size, chunk, CPU)
 
     rows = [(number, position) for number, item in enumerate(plan) for position in range(item.start, item.end)]
     assert inputs.token_T.tolist() == [1000 * number + position for number, position in rows]
@@ -76,15 +76,27 @@ def test_every_row_sees_what_it_should(size: int, chunk: int, runs: list[tuple[i
         assert [slots[slot] for slot in attention.slot_T.tolist()] == rows
         for (number, position), seen in zip(rows, seen_by_rows(attention, len(rows), size), strict=True):
             assert [slots[slot] for slot in seen] == [(number, key) for key in range(first(position), position + 1)]
-    ends = [sum(item.end - item.start for item in plan[: number + 1]) - 1 for number in range(len(plan))]
-    assert inputs.sample_rows.tolist() == [end for end, item in zip(ends, plan, strict=True) if item.samples]
+    for attention in (inputs.global_rows, inputs.local_rows):
+        # The same for the kernels: each row walks its table from the first position it sees.
+        slots = holds["local" if attention is inputs.local_rows else "global_"]
+        for row, (number, position) in enumerate(rows):
+            table = attention.tables_SM[attention.sequence_T[row]].tolist()
+            given_back = attention.first_block_S[attention.sequence_T[row]]
+            for key in range(attention.first_T[row], position + 1):
+                assert slots[table[key // size - given_back] * size + key % size] == (number, key)
+            assert slots[attention.slot_T[row]] == (number, position)
+    assert inputs.output_rows is None
+    wanted = [range(item.end - number % 2, item.end) for number, item in enumerate(plan)]
+    some = StepInputs(plan, size, chunk, CPU, wanted).output_rows
+    expected = [row for row, (number, position) in enumerate(rows) if position in wanted[number]]
+    assert expected == (list(range(len(rows))) if some is None else some.tolist())
 
 
 def test_a_run_over_chunks_is_cut_at_their_ends() -> None:
     blocks = KVBlocks(20, 20, 4, 10)
     sequence = Sequence(("a", 1), list(range(31)), SamplingParams(), 5)
     assert blocks.grow(sequence.blocks, 31)
-    inputs = step_inputs([Scheduled(sequence, 8, 31)], 4, 10, CPU)
+    inputs = StepInputs([Scheduled(sequence, 8, 31)], 4, 10, CPU)
     cut = [(segment.rows.start, segment.rows.stop, segment.skip, segment.num_keys) for segment in inputs.local.long]
     # Positions 8-9 see from 0 (in block 0), 10-19 from 10 (2 into block 2), 20-29 from 20; 30 sees itself alone.
     assert cut == [(0, 2, 0, 10), (2, 12, 2, 10), (12, 22, 0, 10)]
@@ -95,8 +107,9 @@ def test_a_run_over_chunks_is_cut_at_their_ends() -> None:
 
 
 def test_a_rank_without_work_has_no_rows() -> None:
-    inputs = step_inputs([], 4, 10, CPU)
-    assert inputs.token_T.shape == inputs.sample_rows.shape == (0,)
+    inputs = StepInputs([], 4, 10, CPU)
+    assert inputs.token_T.shape == (0,)
+    assert inputs.output_rows is None
     for attention in (inputs.global_, inputs.local):
         assert not attention.long
         assert len(attention.slot_T) == len(attention.single_B) == 0

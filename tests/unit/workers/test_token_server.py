@@ -85,9 +85,30 @@ async def channel(served: Served) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-def emitted(router: str, number: int, token: int, **more: Any) -> Emitted:
-    sequence = Sequence((router, number), [1], SamplingParams(), 9)
-    return Emitted(sequence, Sample(token, more.get("logprobs")), more.get("finish"), more.get("prompt_logprobs", []))
+def emitted(router: str, number: int, token: int, cached: int = 0, **more: Any) -> Emitted:
+    sequence = Sequence((router, number), [1] * 8, SamplingParams(), 9, num_cached_tokens=cached)
+    return Emitted(
+        sequence,
+        Sample(token, more.get("logprobs")),
+        more.get("finish"),
+        more.get("prompt_logprobs", []),
+        more.get("is_first", False),
+    )
+
+
+async def test_the_first_token_tells_what_was_cached(served: Served, channel: grpc.aio.Channel) -> None:
+    router = Router(channel, "r1")
+    router.submit(1)
+    await served.messages(1)
+    outputs = [
+        emitted("r1", 1, 42, cached=4, is_first=True),
+        emitted("r1", 2, 42, cached=4),
+        # Of a replayed stream, what it had put out is no part of the prompt.
+        emitted("r1", 3, 42, cached=32, is_first=True),
+    ]
+    served.server.publish(1, outputs, LOAD)
+    message = await router.read()
+    assert [output.cached_tokens for output in message.outputs] == [4, 0, 8]
 
 
 async def test_a_submission_arrives_whole(served: Served, channel: grpc.aio.Channel) -> None:

@@ -1,0 +1,252 @@
+// Vectors of 16 floats, the two element types, and the one product everything is made of: rows by rows.
+//
+// Portable: GCC's and Clang's vector extensions, which the compiler splits where the machine's registers are narrower.
+// Where AVX-512 has bfloat16 dot products they are used; elsewhere bfloat16 is widened, which is exact.
+//
+// Every output is one sum over K in one fixed order, whatever the number of rows that are computed beside it: results do
+// not depend on the batch.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+
+template <class To, class From>
+INLINE To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- one element ---------------------------------------------------------------------------------------------------
+
+INLINE float widen(float value) { return value; }
+INLINE float widen(bf16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
+INLINE void narrow(float value, float& to) { to = value; }
+INLINE void narrow(float value, bf16& to) {  // to nearest, ties to even
+  uint32_t bits = bits_of<uint32_t>(value);
+  to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+template <class S>
+INLINE float rounded(float value) {
+  S stored;
+  narrow(value, stored);
+  return widen(stored);
+}
+
+// ---- sixteen elements ----------------------------------------------------------------------------------------------
+
+INLINE f32x16 all(float value) { return value - f32x16{}; }
+INLINE f32x16 load16(const float* from) {
+  f32x16 value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+INLINE f32x16 load16(const bf16* from) {
+  u16x16 bits;
+  memcpy(&bits, from, sizeof(bits));
+  return bits_of<f32x16>(__builtin_convertvector(bits, u32x16) << 16);
+}
+INLINE void store16(float* to, f32x16 value) { memcpy(to, &value, sizeof(value)); }
+INLINE void store16(bf16* to, f32x16 value) {
+  u32x16 bits = bits_of<u32x16>(value);
+  u16x16 narrowed = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
+  memcpy(to, &narrowed, sizeof(narrowed));
+}
+template <class S>
+INLINE f32x16 load_some(const S* from, int64_t count) {  // the first `count` of 16, the rest 0
+  S some[16] = {};
+  memcpy(some, from, count * sizeof(S));
+  return load16(some);
+}
+template <class S>
+INLINE void store_some(S* to, f32x16 value, int64_t count) {
+  S some[16];
+  store16(some, value);
+  memcpy(to, some, count * sizeof(S));
+}
+// for (i of 16 elements each, the last ones fewer) { load(…), store(…) }
+template <class S>
+INLINE f32x16 load_at(const S* from, int64_t i, int64_t n) {
+  return i + 16 <= n ? load16(from + i) : load_some(from + i, n - i);
+}
+template <class S>
+INLINE void store_at(S* to, int64_t i, int64_t n, f32x16 value) {
+  if (i + 16 <= n)
+    store16(to + i, value);
+  else
+    store_some(to + i, value, n - i);
+}
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE f32x16 smaller(f32x16 a, f32x16 b) { return a < b ? a : b; }
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+INLINE float sum(f32x16 v) {
+  f32x8 half[2];
+  memcpy(half, &v, sizeof(half));
+  f32x4 quarter[2];
+  f32x8 eight = half[0] + half[1];
+  memcpy(quarter, &eight, sizeof(quarter));
+  f32x4 four = quarter[0] + quarter[1];
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+INLINE float largest(f32x16 v) {
+  f32x8 half[2];
+  memcpy(half, &v, sizeof(half));
+  f32x4 quarter[2];
+  f32x8 eight = half[0] > half[1] ? half[0] : half[1];
+  memcpy(quarter, &eight, sizeof(quarter));
+  f32x4 four = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+  float a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
+  return a > b ? a : b;
+}
+
+// e^x within 2 ulp: 2^n · e^r with |r| ≤ ln 2 / 2 and a polynomial for e^r (coefficients as in Cephes' expf).
+INLINE f32x16 exp16(f32x16 x) {
+  x = smaller(larger(x, all(-87.3f)), all(88.3f));
+  const f32x16 shift = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
+  f32x16 n = (x * 1.44269504088896341f + shift) - shift;
+  f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x16 p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i32x16 exponent = __builtin_convertvector(n, i32x16) << 23;
+  return bits_of<f32x16>(bits_of<i32x16>(p) + exponent);
+}
+
+// ---- rows by rows --------------------------------------------------------------------------------------------------
+
+// Elements of one vector, and accumulate(sum, a, b): sum += a · b, element by element (pairs of bfloat16 side by side).
+template <class S>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  enum { count = 16 };
+  typedef f32x16 Vector;
+  static INLINE Vector load(const float* from) { return load16(from); }
+  static INLINE Vector load_some(const float* from, int64_t n) { return ::load_some(from, n); }
+  static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+template <>
+struct Lanes<bf16> {
+  enum { count = 32 };
+#if defined(__AVX512BF16__)
+  typedef __m512bh Vector;
+  static INLINE Vector load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+#else
+  typedef u32x16 Vector;
+  static INLINE Vector load(const bf16* from) {
+    Vector value;
+    memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  static INLINE f32x16 low(Vector v) { return bits_of<f32x16>(v << 16); }
+  static INLINE f32x16 high(Vector v) { return bits_of<f32x16>(v & 0xffff0000u); }
+  static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) { return sum + low(a) * low(b) + high(a) * high(b); }
+#endif
+  static INLINE Vector load_some(const bf16* from, int64_t n) {
+    bf16 some[32] = {};
+    memcpy(some, from, n * sizeof(bf16));
+    return load(some);
+  }
+};
+
+// The sums of four vectors. All four take the same order of additions.
+INLINE void sum4(f32x16 a, f32x16 b, f32x16 c, f32x16 d, float* to) {
+#define LOW32 (i32x16{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29})
+#define HIGH32 (i32x16{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31})
+#define LOW64 (i32x16{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29})
+#define HIGH64 (i32x16{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31})
+#if defined(__clang__)
+#define SHUFFLE(x, y, m) __builtin_shufflevector(x, y, m)
+#else
+#define SHUFFLE(x, y, m) __builtin_shuffle(x, y, m)
+#endif
+  f32x16 ab = SHUFFLE(a, b, LOW32) + SHUFFLE(a, b, HIGH32);
+  f32x16 cd = SHUFFLE(c, d, LOW32) + SHUFFLE(c, d, HIGH32);
+  f32x16 abcd = SHUFFLE(ab, cd, LOW64) + SHUFFLE(ab, cd, HIGH64);
+  f32x4 part[4];
+  memcpy(part, &abcd, sizeof(part));
+  f32x4 total = (part[0] + part[1]) + (part[2] + part[3]);
+  memcpy(to, &total, sizeof(total));
+}
+
+// out[t][r] = Σ_k x[t][k] · w[r · stride + k] for T rows of x and four of w.
+// AHEAD: the four rows lie in one run of memory; ask for what lies `ahead` bytes behind them. Four rows side by side are
+// four short streams, which no hardware prefetcher follows (11 GB/s a core against 31).
+template <int T, bool AHEAD, class S>
+INLINE void rows_by_4(const S* const* x, const S* w, int64_t stride, int64_t k_size, float (*out)[4], int64_t ahead = 0) {
+  typedef Lanes<S> L;
+  f32x16 sums[T][4];
+  UNROLLED for (int t = 0; t < T; t++)
+    UNROLLED for (int r = 0; r < 4; r++) sums[t][r] = f32x16{};
+  int64_t k = 0;
+  for (; k + L::count <= k_size; k += L::count) {
+    typename L::Vector rows[4];
+    UNROLLED for (int r = 0; r < 4; r++) rows[r] = L::load(w + r * stride + k);
+    if (AHEAD)
+      for (int line = 0; line < 4; line++)
+        __builtin_prefetch(reinterpret_cast<const char*>(w + 4 * k) + ahead + 64 * line, 0, 2);
+    UNROLLED for (int t = 0; t < T; t++) {
+      typename L::Vector row = L::load(x[t] + k);
+      UNROLLED for (int r = 0; r < 4; r++) sums[t][r] = L::accumulate(sums[t][r], rows[r], row);
+    }
+  }
+  if (k < k_size) {
+    typename L::Vector rows[4];
+    UNROLLED for (int r = 0; r < 4; r++) rows[r] = L::load_some(w + r * stride + k, k_size - k);
+    UNROLLED for (int t = 0; t < T; t++) {
+      typename L::Vector row = L::load_some(x[t] + k, k_size - k);
+      UNROLLED for (int r = 0; r < 4; r++) sums[t][r] = L::accumulate(sums[t][r], rows[r], row);
+    }
+  }
+  UNROLLED for (int t = 0; t < T; t++) sum4(sums[t][0], sums[t][1], sums[t][2], sums[t][3], out[t]);
+}
+
+template <int T, class S>
+INLINE void rows_by_1(const S* const* x, const S* w, int64_t k_size, float (*out)[4]) {
+  typedef Lanes<S> L;
+  f32x16 sums[T];
+  for (int t = 0; t < T; t++) sums[t] = f32x16{};
+  for (int64_t k = 0; k < k_size; k += L::count) {
+    bool whole = k + L::count <= k_size;
+    typename L::Vector row = whole ? L::load(w + k) : L::load_some(w + k, k_size - k);
+    for (int t = 0; t < T; t++) {
+      typename L::Vector other = whole ? L::load(x[t] + k) : L::load_some(x[t] + k, k_size - k);
+      sums[t] = L::accumulate(sums[t], row, other);
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    float four[4];
+    sum4(sums[t], f32x16{}, f32x16{}, f32x16{}, four);
+    out[t][0] = four[0];
+  }
+}
