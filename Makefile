@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs check-contract \
-        fuzz overload bench-router format stubs wheel hooks clean venv
+        fuzz overload soak growth peers bench-router format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -35,6 +35,15 @@ fuzz: $(READY) ## 10,000 random requests on both doors of a router (ARGS="--requ
 
 overload: $(READY) ## five times more requests than a real server can take
 	$(BIN)/python -m tests.overload $(ARGS)
+
+soak: $(READY) ## a real server under 16 streams for 20 minutes: nothing grows, nothing is lost (ARGS="--minutes 5")
+	$(BIN)/python -m tests.soak $(ARGS)
+
+growth: $(READY) ## how cost grows with streams, prompts, experts and ranks; a picture (ARGS="--out FOLDER")
+	$(BIN)/python -m tests.growth $(ARGS)
+
+peers: $(READY) ## Caravan beside vLLM, in alternation (ARGS="--vllm VENV --checkpoint DIR")
+	$(BIN)/python -m tests.peers $(ARGS)
 
 bench-router: $(READY) ## messages a second through a router, beside a bare gRPC server
 	$(BIN)/python -m tests.bench_router $(ARGS)

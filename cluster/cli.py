@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from cluster.errors import CommandError, ExitCode, UsageError, report
 
@@ -64,6 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), help="computation type (default auto: the checkpoint's)"
     )
+    serve.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        default=None,
+        help="compute again what a prompt shares with an earlier one",
+    )
     serve.add_argument("--routers", type=_whole_number(1), metavar="N", help="router processes (default 1)")
     serve.add_argument("--host", help="address to answer on (default 127.0.0.1)")
     serve.add_argument("--grpc-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9000)")
@@ -105,6 +113,65 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--stride", type=_whole_number(1), metavar="N", help="tokens (default: half the window)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
+    bench = commands.add_parser(
+        "bench",
+        help="speed of a running server, beside others'",
+        description="Put load on a running server and measure it: output tokens a second, time to first token, gaps "
+        "between messages. With --against, another server takes turns with it. A failed stream is counted and named, "
+        "and makes the exit code 1. URL is HOST:PORT (gRPC) or http://HOST:PORT (any server with OpenAI's completions, "
+        "#MODEL after it where it has several).",
+    )
+    bench.add_argument(
+        "--address", type=_target, default=DEFAULT_ADDRESS, metavar="URL", help=f"(default {DEFAULT_ADDRESS})"
+    )
+    bench.add_argument(
+        "--against",
+        type=_target,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a server to compare with; repeatable",
+    )
+    bench.add_argument(
+        "--streams", type=_several(_whole_number(1, 10_000)), metavar="N,…", help="closed load (default 1,8,64)"
+    )
+    bench.add_argument(
+        "--rate", type=_several(_positive), metavar="R,…", help="open load: Poisson arrivals a second, not --streams"
+    )
+    bench.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help="how long requests are begun (default: 20 with --rate, else 6, 24, 128 requests for 1, 8, 64 streams)",
+    )
+    bench.add_argument(
+        "--mix",
+        default="random",
+        metavar="MIX",
+        help="prompts: random (default), shared-prefix[:TOKENS], or long-prompt[:TOKENS] (long ones beside streams)",
+    )
+    bench.add_argument("--prompt-tokens", type=_whole_number(1), default=128, metavar="N", help="(default 128)")
+    bench.add_argument("--output-tokens", type=_whole_number(1), default=64, metavar="N", help="(default 64)")
+    bench.add_argument("--rounds", type=_whole_number(1), default=3, metavar="N", help="medians are of (default 3)")
+    bench.add_argument("--seed", type=_whole_number(0), metavar="S", help="of prompts and arrivals (default: fresh)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+
+    cache = commands.add_parser(
+        "cache",
+        help="packed weights of this host",
+        description="Show, check or remove packed weights. Ranks on CPU lay a checkpoint out once, in a file that all "
+        "ranks of the host share and later starts find again.",
+    )
+    cache.add_argument(
+        "action",
+        choices=("list", "verify", "clean"),
+        help="clean removes what no process uses; verify reads everything",
+    )
+    cache.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names, as listed (default: all)")
+    cache.add_argument("--dir", type=Path, metavar="DIR", help="(default ~/.cache/caravan/weights)")
+    cache.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
     commands.add_parser(
         "demo",
         help="four ranks, several prompts, text as it streams",
@@ -132,6 +199,33 @@ def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: list(dict.fromkeys(read(one) for one in text.split(",")))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and finite, got {text}")
+    return value
+
+
+def _target(text: str) -> str:
+    if "/" not in text:
+        return _address(text)
+    try:
+        parts = urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # Its port is none.
+        is_url = False
+    if not is_url:
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT or http://HOST:PORT, got {text!r}")
+    return text
 
 
 def _address(text: str) -> str:

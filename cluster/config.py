@@ -22,6 +22,8 @@ DEFAULT_METRICS_PORT = 9400
 
 # Of RouterConfig, what table [serve] says.
 ROUTER_HIDDEN = ("model_dir", "host", "grpc_port", "http_port")
+# The same of EngineConfig.
+ENGINE_HIDDEN = ("model_dir", "dtype", "prefix_cache")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ServeTable:
     """Router processes; those of one host share its ports."""
     dtype: str = "auto"
     """"auto" (the checkpoint's own), "float32" or "bfloat16"."""
+    prefix_cache: bool = True
+    """Do not compute again what a prompt shares with an earlier one."""
     host: str = "127.0.0.1"
     """Address on which clients and Prometheus are answered."""
     grpc_port: int = DEFAULT_GRPC_PORT
@@ -115,19 +119,20 @@ def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path
         given = {key: value for key, value in flags.items() if value is not None}
         from_file = _values(ServeTable, tables.get("serve", {}), f"{file}, [serve]", hidden=())
         if file is not None and isinstance(from_file.get("model"), Path):
-            # A path in a file means what it means beside that file.
-            from_file["model"] = (file.parent / from_file["model"].expanduser()).resolve()
+            from_file["model"] = _beside(file, from_file["model"])
         serve = ServeTable(**{**from_file, **given})
         model = serve.model or default_model
         if model is None:
             raise UsageError("model: none given; name a checkpoint's folder with --model")
         model = model.expanduser().absolute()
-        engine = _values(EngineConfig, tables.get("engine", {}), f"{file}, [engine]", hidden=("model_dir", "dtype"))
+        engine = _values(EngineConfig, tables.get("engine", {}), f"{file}, [engine]", hidden=ENGINE_HIDDEN)
+        if file is not None and isinstance(engine.get("weights_cache_dir"), Path):
+            engine["weights_cache_dir"] = _beside(file, engine["weights_cache_dir"])
         router = _values(RouterConfig, tables.get("router", {}), f"{file}, [router]", hidden=ROUTER_HIDDEN)
         leader = _values(LeaderConfig, tables.get("gang", {}), f"{file}, [gang]", hidden=())
         return ServeConfig(
             serve=dataclasses.replace(serve, model=model),
-            engine=EngineConfig(model_dir=model, dtype=serve.dtype, **engine),
+            engine=EngineConfig(model_dir=model, dtype=serve.dtype, prefix_cache=serve.prefix_cache, **engine),
             router=RouterConfig(
                 model_dir=model,
                 host=join_address(serve.host, 0).removesuffix(":0"),
@@ -139,6 +144,11 @@ def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path
         )
     except (UserError, RouterConfigError) as error:
         raise UsageError(f"{error} (in {where})" if file is not None else str(error)) from None
+
+
+def _beside(file: Path, path: Path) -> Path:
+    """A path in a file means what it means beside that file."""
+    return (file.parent / path.expanduser()).resolve()
 
 
 def _read_tables(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What all tests share: nothing phones home, and a folder's tests carry that folder's marker."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before any test imports the libraries that read these once.
@@ -17,6 +18,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+
+# Packed weights of tests are nobody else's; removed as this process ends.
+_CACHE = tempfile.TemporaryDirectory(prefix="caravan-test-cache-")
+# Kernels are named by all that they are made of, so one compilation serves the tests and the user alike.
+_KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caravan" / "kernels"
+_KERNELS.mkdir(parents=True, exist_ok=True)
+(Path(_CACHE.name) / "caravan").mkdir()
+(Path(_CACHE.name) / "caravan" / "kernels").symlink_to(_KERNELS)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # A deadline per example would measure the machine's other work.
 hypothesis.settings.register_profile("caravan", deadline=None, print_blob=True)

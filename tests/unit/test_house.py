@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("cluster", "dashboards", "protos", "router", "workers")
 TOP_LEVEL = {
     *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml"),
-    *("CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "LICENSE", "Makefile", "README.md"),
+    *("BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "LICENSE", "Makefile", "README.md"),
     *("constraints.txt", "pyproject.toml"),
     *("cluster", "dashboards", "deploy", "protos", "router", "tests", "workers"),
 }
@@ -167,8 +167,9 @@ def test_every_dependency_of_a_dependency_is_pinned() -> None:
 
 def test_what_the_source_imports_is_declared() -> None:
     providers = metadata.packages_distributions()
-    allowed = {canonicalize_name(req.name) for req in declared()}
     for path in sources():
+        extras = ["bench"] if path.name.startswith("bench_") else []
+        allowed = {canonicalize_name(req.name) for req in declared(*extras)}
         for name in {name.split(".")[0] for name in imported_names(ast.parse(path.read_text()))}:
             if name in sys.stdlib_module_names or name in FLOORS:
                 continue

@@ -149,12 +149,15 @@ def test_flags_are_frozen() -> None:
         for name, parser in commands.choices.items()
     }
     frozen = {
-        "serve": "--config --dtype --grpc-port --help --host --http-port --metrics-port --model --model-name --ranks "
-        "--ray-address --routers",
+        "serve": "--config --dtype --grpc-port --help --host --http-port --metrics-port --model --model-name "
+        "--no-prefix-cache --ranks --ray-address --routers",
         "generate": "--address --help --ignore-eos --json --max-tokens --seed --temperature --token-ids",
         "status": "--address --help --json",
         "down": "--address --help",
         "demo": "--help",
+        "cache": "--dir --help --json",
+        "bench": "--address --against --help --json --mix --output-tokens --png --prompt-tokens --rate --rounds "
+        "--seconds --seed --streams",
     }
     assert {name: " ".join(flags[name]) for name in frozen} == frozen
 

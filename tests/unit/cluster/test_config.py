@@ -52,6 +52,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert config.leader.restarts == 0
 
 
+def test_the_prefix_cache(tmp_path: Path) -> None:
+    off = write(tmp_path, "[serve]\nprefix_cache = false\n[engine]\nprefill_step_ratio = 3")
+    assert load_config({}, None, MODEL).engine.prefix_cache
+    assert not load_config({"prefix_cache": False}, None, MODEL).engine.prefix_cache
+    config = load_config({"prefix_cache": None}, off, MODEL)
+    assert (config.engine.prefix_cache, config.engine.prefill_step_ratio) == (False, 3.0)
+
+
 def test_the_served_name(tmp_path: Path) -> None:
     file = write(tmp_path, "[router]\nmodel_name = 'nano'")
     assert load_config({}, None, MODEL).router.model_name == "maverick"
@@ -63,6 +71,15 @@ def test_ipv6_host() -> None:
     config = load_config({"host": "::1"}, None, MODEL)
     assert config.grpc_address == "[::1]:9000"
     assert config.router.host == "[::1]"
+
+
+def test_the_cache_of_packed_weights(tmp_path: Path) -> None:
+    engine = load_config({}, None, MODEL).engine
+    assert (engine.share_weights, engine.weights_cache_dir, engine.weights_cache_bytes) == (True, None, 0)
+    file = write(tmp_path, "[engine]\nshare_weights = false\nweights_cache_dir = 'w'\nweights_cache_bytes = 5")
+    engine = load_config({}, file, MODEL).engine
+    assert (engine.share_weights, engine.weights_cache_bytes) == (False, 5)
+    assert engine.weights_cache_dir == tmp_path / "w", "relative to the file"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +103,8 @@ def test_ipv6_host() -> None:
         ("[serve]\ngrpc_port = 0", "grpc-port: must be a port from 1 to 65535"),
         ("[serve]\nhost = ''", "host: must not be empty"),
         ("[engine]\nblock_size = 0", "block_size: must be at least 1"),
+        ("[engine]\nweights_cache_bytes = -1", "weights_cache_bytes: must not be negative"),
+        ("[engine]\nweights_cache_dir = 3", "weights_cache_dir must be a string"),
         ("[router]\nstream_stall_s = -1", "stream_stall_s"),
         ("[gang]\njoin_timeout_s = 0", "join_timeout_s: must be positive"),
         ("[serve\n", "is not valid TOML"),

@@ -202,6 +202,28 @@ def test_display_without_a_terminal_says_each_stage_once(tmp_path: Path) -> None
     ]
 
 
+def test_display_of_packing_and_of_what_an_operator_should_know(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    with (tmp_path / "out").open("w") as file:
+        display = LoadingDisplay(Console(file=file))
+        for loading in (
+            gang_pb2.Loading(bytes_packed=5, bytes_to_pack=30 * 10**6),
+            gang_pb2.Loading(bytes_packed=20 * 10**6, bytes_to_pack=30 * 10**6),
+            gang_pb2.Loading(
+                bytes_read=5, bytes_total=10**7, bytes_packed=30 * 10**6, bytes_to_pack=30 * 10**6, note="no room"
+            ),
+        ):
+            ranks = [gang_pb2.RankView(rank=rank, state="loading", loading=loading) for rank in range(2)]
+            display.view(gang_pb2.GangView(state="starting", ranks=ranks))
+        display.close()
+    assert (tmp_path / "out").read_text().splitlines() == [
+        "packing 30.0 MB of weights, once for all starts with this checkpoint",
+        "caravan: no room",
+        "loading weights",
+    ]
+
+
 def test_one_sentence() -> None:
     assert one_sentence("a\n  b\tc") == "a b c"
     assert len(one_sentence("x" * 10_000, limit=100)) == 100

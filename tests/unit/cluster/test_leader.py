@@ -157,7 +157,8 @@ async def test_stages_are_bounded_and_name_the_rank(behaviour: str, sentence: st
         assert launcher.alive == []
 
 
-async def test_bytes_read_extend_the_bound():
+@pytest.mark.parametrize("what", ["bytes_read", "bytes_packed"])
+async def test_bytes_extend_the_bound(what: str):
     config = LeaderConfig(load_stall_timeout_s=0.6, restarts=0, stop_timeout_s=0.1)
     launcher = FakeLauncher({(3, 1): "never ready"})
     async with gang(launcher, config=config) as made:
@@ -167,7 +168,7 @@ async def test_bytes_read_extend_the_bound():
         slow = launcher.ranks[3, 1]
         for read in range(4):
             await asyncio.sleep(0.4)
-            slow.reports.put_nowait(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=100 + read)))
+            slow.reports.put_nowait(gang_pb2.RankReport(loading=gang_pb2.Loading(**{what: 100 + read})))
         assert made.leader.membership.state == "starting"
         await made.until("failed")
         assert time.monotonic() - started > 2
