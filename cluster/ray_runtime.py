@@ -140,6 +140,8 @@ def _quiet_environment() -> None:
         RAY_ENABLE_AUTO_CONNECT="0",
         # Signals are this process's own business.
         RAY_DISABLE_FAILURE_SIGNAL_HANDLER="1",
+        # Ranks and routers are what this machine is for; Ray would run them 15 steps below any other process.
+        RAY_worker_niceness="0",
     )
 
 
