@@ -1,7 +1,7 @@
 """Which sequences compute how many tokens in the next step. Plain data, no torch.
 
 Order: sequences that need a single token (decoding) go first, so that a long prompt never holds up a running stream;
-the rest of the budget goes to prompts, oldest first, but while anybody decodes only as many tokens as keep the step
+the rest of the budget goes to prompts, oldest first, but while anybody decodes long ones get only what keeps the step
 short (prompt_limit.py). When blocks run out the youngest running sequence gives its own back and is computed again
 later, so the oldest always gets on.
 
@@ -202,10 +202,14 @@ class Scheduler:
                 prompt_budget = self._prompt_limit.tokens(len(planned), budget)
             if sequence.key in preempted:
                 continue
-            is_prompt = number >= len(decodes)
-            most = min(budget, prompt_budget) if is_prompt else budget
-            if most == 0:
+            if budget == 0:
                 break
+            is_prompt = number >= len(decodes)
+            # One that a single step could hold stretches that step alone; only longer ones could go on holding up others.
+            is_limited = is_prompt and sequence.num_tokens > self._budget
+            most = min(budget, prompt_budget) if is_limited else budget
+            if most == 0:
+                continue
             if is_prompt:
                 self._reuse(sequence)
             start = sequence.num_computed_tokens
@@ -218,7 +222,7 @@ class Scheduler:
             if sequence.key not in preempted:
                 planned[sequence.key] = Scheduled(sequence, start, end)
                 budget -= end - start
-                prompt_budget -= (end - start) * is_prompt
+                prompt_budget -= (end - start) * is_limited
         return list(planned.values())
 
     def observe(self, works: list[StepWork], index: int, seconds: float) -> None:
