@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs check-contract \
-        fuzz overload soak growth peers bench-router format stubs wheel hooks clean venv
+        fuzz overload soak growth peers bench-router bench-kernels format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -47,6 +47,9 @@ peers: $(READY) ## Caravan beside vLLM, in alternation (ARGS="--vllm VENV --chec
 
 bench-router: $(READY) ## messages a second through a router, beside a bare gRPC server
 	$(BIN)/python -m tests.bench_router $(ARGS)
+
+bench-kernels: $(READY) ## the CPU kernels beside what this machine's memory and cores give
+	$(BIN)/python -m tests.bench_kernels
 
 check: check-format check-lint check-types check-floors check-stubs check-contract ## everything CI checks before the tests
 

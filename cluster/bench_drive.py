@@ -98,7 +98,11 @@ async def drive_open(send: Send, times: Sequence[float], tell: Tell = tell_nobod
             await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
             tasks.append(group.create_task(send()))
             tell(number / len(times))
-    return Drive(time.perf_counter() - start, [task.result() for task in tasks])
+    streams = [task.result() for task in tasks]
+    for stream, at in zip(streams, times, strict=True):
+        # A client that is late to send must not make the server look quicker.
+        stream.sent = start + at
+    return Drive(time.perf_counter() - start, streams)
 
 
 async def _drive_beside_long(target: Target, load: Load, send: Send, prompts: Prompts, tell: Tell) -> Drive:

@@ -35,12 +35,12 @@ class HttpTarget:
         base, self._model = urldefrag(address)
         self._base = base.rstrip("/").removesuffix("/v1")
         self._url = f"{self._base}/v1/completions"
-        self._session: aiohttp.ClientSession
+        self._open_session: aiohttp.ClientSession | None = None
 
     async def open(self) -> Facts:
         timeout = aiohttp.ClientTimeout(STREAM_BOUND_S, sock_connect=CONNECT_BOUND_S)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        self._open_session = aiohttp.ClientSession(timeout=timeout, connector=connector)
         status, listed = await self._ask("GET", "/v1/models")
         models = listed.get("data") if status == 200 else None
         if not (isinstance(models, list) and models and all("id" in model for model in models)):
@@ -75,7 +75,13 @@ class HttpTarget:
         return stream
 
     async def close(self) -> None:
-        await self._session.close()
+        if self._open_session is not None:
+            await self._open_session.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        assert self._open_session is not None, "opened before it is used"
+        return self._open_session
 
     def _body(self, prompt: Sequence[int], output_tokens: int) -> dict[str, Any]:
         return {"model": self._model, "prompt": list(prompt), "max_tokens": output_tokens, "temperature": 0}

@@ -89,7 +89,7 @@ def summarise(drive: Drive) -> Summary:
 
 
 def median(rounds: Sequence[Summary]) -> Summary:
-    """Each number's median over rounds; errors are added up, for none may get lost."""
+    """Each rate's and time's median over rounds; counts (requests, tokens, messages, errors) are of all rounds."""
     errors: Counter[str] = Counter()
     details: dict[str, str] = {}
     for one in rounds:

@@ -37,7 +37,9 @@ def numbers_table(servers: Sequence[Server], results: Sequence[Result]) -> Table
     table = Table("load", "", "tok/s", "least–most", "first token", "gap", "end to end", "failed")
     for column in table.columns[2:]:
         column.justify = "right"
-    table.caption = "times: p50 / p99 in ms; a gap is between two messages of a stream"
+    table.caption = (
+        "times: p50 / p99 in ms, of fewer than 100 requests the largest; a gap is between two messages of a stream"
+    )
     for place, group in enumerate(by_load(results)):
         if place:
             table.add_section()

@@ -37,7 +37,7 @@ class EngineConfig:
     """Tokens of the longest sequence; 0: what the checkpoint allows and the KV pools hold."""
     prefix_cache: bool = True
     """Keep the KV blocks of sequences that ended until they are needed, for others that begin as they did."""
-    prefill_step_ratio: float = 2.0
+    prefill_step_ratio: float = 1.5
     """While streams run: the longest step with prompts longer than a step, in steps that only decode; 0: no bound."""
     kernels: str = "auto"
     """How CPU ranks compute: "native" kernels, compiled on the host at its first start, "eager" torch operators, or

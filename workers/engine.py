@@ -10,6 +10,9 @@ from workers.metrics import RankMetrics
 from workers.runner import Runner
 from workers.scheduler import Emitted, Scheduler, step_work
 
+# An idle rank checks its books at most so often: a large pool takes tens of milliseconds.
+INTEGRITY_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Load:
@@ -52,6 +55,7 @@ class Engine:
         self._inbox, self._metrics = inbox, metrics
         self._publish, self._wake_peers = publish, wake_peers
         self._next_step = 1
+        self._checked_at = -INTEGRITY_SECONDS
         self._tokens_computed = 0
         self.load = self._load()
         """Replaced after every step, never changed: other threads may read it."""
@@ -112,7 +116,9 @@ class Engine:
         return ended
 
     def _park(self) -> None:
-        self._scheduler.check_integrity()
+        if time.monotonic() - self._checked_at > INTEGRITY_SECONDS:
+            self._checked_at = time.monotonic()
+            self._scheduler.check_integrity()
         self._metrics.flush()
         if self._inbox.park(self._next_step):
             self._wake_peers(self._next_step)

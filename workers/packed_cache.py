@@ -303,9 +303,11 @@ def _allocate(fd: int, nbytes: int) -> None:
     """Reserve the room now: a disk that is full says so before hours of packing, not after."""
     os.ftruncate(fd, nbytes)
     # Not posix_fallocate: where a file system cannot do it, that writes to every block instead, in silence, for hours.
-    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+    while _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
         number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
 
 

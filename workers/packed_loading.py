@@ -84,7 +84,11 @@ def _packed(
 
     cache = PackedCache(engine.weights_cache_dir or default_cache_folder(), engine.weights_cache_bytes)
     pack = cache.get(pack_name(fingerprint, dtype_name), header, fill, reporter.packed)
-    mapping = Mapping(pack)
+    try:
+        mapping = Mapping(pack)
+    except OSError as error:
+        pack.close()
+        raise CacheUnusableError(f"{pack.path}: cannot be mapped ({error})") from None
     mapping.populate(mapping.spans(tensors, expert_map, rank), reporter.read)
     return mapped_weights(mapping, model, expert_map, rank)
 

@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may carry while streams run, so that these keep their pace. Plain data, no torch.
+"""How many tokens of long prompts a step may carry while streams run, so that these keep their pace. No torch.
 
 All ranks step together, so a prompt on one holds up the streams of all. The limit is therefore of the whole gang, made
 from what every rank knows of the step before: each measures what a step takes that only decodes, and what a prompt

@@ -162,7 +162,9 @@ class Rank:
             if shared is not None:
                 return shared
         if engine.exchange == "shared":
-            raise UserError("exchange: shared is asked for, but the ranks have no memory in common; use auto")
+            raise UserError(
+                "exchange: shared is asked for, but the ranks cannot share memory (their logs say why); use auto"
+            )
         host = self.config.host
         return TorchExchange(epoch.store_address, epoch.epoch, index, size, host, device, top_k, row_bytes, timeout_s)
 

@@ -90,6 +90,7 @@ class Runner:
             if item.samples:
                 sample_rows.append(first - 1)
         if not sample_rows:
+            self.clock.lap("head")
             return []
         logits_SV = self.model.logits(hidden_OX if len(sample_rows) == first else hidden_OX[sample_rows])
         self.clock.lap("head")
@@ -124,6 +125,8 @@ def _outputs(item: Scheduled) -> range:
 def _model_class(engine: EngineConfig, model: ModelConfig, weights: ModelWeights) -> type[Llama4] | type[NativeLlama4]:
     tensor = weights.embedding
     if engine.kernels == "eager" or tensor.device.type != "cpu" or not supports(model, tensor.dtype):
+        if engine.kernels == "native":
+            raise UserError("kernels: native are asked for, but they are for CPUs and heads of up to 256; use auto")
         return Llama4
     try:
         load_kernels()

@@ -72,7 +72,8 @@ class Scheduler:
         max_num_batched_tokens: tokens of a step at most.
         max_num_seqs: sequences that run at once at most; no more than the tokens of a step.
         prefix_cache: keep the blocks of sequences that ended, for others that begin as they did.
-        prefill_step_ratio: longest step with prompts while others decode, in steps that only decode; 0: no bound.
+        prefill_step_ratio: longest step with prompts longer than a step while others decode, in steps that only decode;
+            0: no bound.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         prefix_cache: bool = True,
-        prefill_step_ratio: float = 2.0,
+        prefill_step_ratio: float = 1.5,
     ) -> None:
         self._blocks = blocks
         self._budget, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
@@ -199,13 +200,16 @@ class Scheduler:
         for number, sequence in enumerate(decodes + prompts):
             if number == len(decodes):
                 # Those that are planned, not those that wanted to be: a step is never left empty while there is work.
-                prompt_budget = self._prompt_limit.tokens(len(planned), budget)
+                has_long = any(prompt.num_tokens > self._budget for prompt in prompts)
+                prompt_budget = self._prompt_limit.tokens(len(planned), budget) if has_long else budget
+                if prompt_budget == 0:
+                    break  # nothing left, or a step to measure decoding alone
             if sequence.key in preempted:
                 continue
             if budget == 0:
                 break
             is_prompt = number >= len(decodes)
-            # One that a single step could hold stretches that step alone; only longer ones could go on holding up others.
+            # One that a single step could hold stretches that step alone; only longer ones go on holding up others.
             is_limited = is_prompt and sequence.num_tokens > self._budget
             most = min(budget, prompt_budget) if is_limited else budget
             if most == 0:

@@ -9,6 +9,7 @@ Shape suffixes as in exchange.py, and N: processes.
 """
 
 import ctypes
+import logging
 import mmap
 import os
 import secrets
@@ -25,6 +26,8 @@ from workers.exchange import Dispatched, Exchange
 from workers.kernels.build import KernelError, load_kernels
 from workers.prompt_limit import StepWork
 from workers.rendezvous import connect
+
+log = logging.getLogger(__name__)
 
 # Waiting for a moment costs less than sleeping, where every rank has a core of its own.
 SPIN_SECONDS = 50e-6
@@ -99,13 +102,13 @@ class SharedExchange(Exchange):
         x_SD = x_RD.new_empty(self._most_rows, dim)
         numbers_3S = torch.empty(3, self._most_rows, dtype=torch.int64)
         taken = c_int64(0)
-        pointers = [c_void_p(tensor.contiguous().data_ptr()) for tensor in (x_RD, process_R, expert_R)]
+        given = [tensor.contiguous() for tensor in (x_RD, process_R, expert_R)]
         self._check(
             self._library.meeting_dispatch(
                 self._by_ref(),
                 c_int64(rows),
-                *pointers,
-                *(c_void_p(tensor.data_ptr()) for tensor in (x_SD, *numbers_3S)),
+                *(c_void_p(tensor.data_ptr()) for tensor in (*given, x_SD, *numbers_3S)),
+                c_int64(self._most_rows),
                 ctypes.byref(taken),
             )
         )
@@ -121,7 +124,8 @@ class SharedExchange(Exchange):
         """As in `Exchange`; the result is shared memory and lasts until the next `dispatch`."""
         started = time.perf_counter()
         numbers_3S, rows, own = dispatched.home
-        pointers = [c_void_p(tensor.contiguous().data_ptr()) for tensor in (y_SD, numbers_3S[1], numbers_3S[2])]
+        given = [tensor.contiguous() for tensor in (y_SD, numbers_3S[1], numbers_3S[2])]
+        pointers = [c_void_p(tensor.data_ptr()) for tensor in given]
         self._check(self._library.meeting_combine(self._by_ref(), c_int64(len(y_SD)), *pointers))
         row_bytes = self._meeting.row_bytes
         self.bytes_sent += (len(y_SD) - own) * row_bytes
@@ -149,6 +153,8 @@ class SharedExchange(Exchange):
             raise ExchangeError(f"exchange failed: process {process} did not answer within {self._timeout_s:.0f} s")
         if kind == 3:
             raise ExchangeError(f"exchange failed: process {process} (pid {self._pids[process]}) is gone")
+        if kind == 4:
+            raise ExchangeError(f"exchange failed: process {process} sent more rows than it agreed to")
         raise ExchangeError("exchange failed: it was closed")
 
 
@@ -175,16 +181,19 @@ def join_shared(
         try:
             pids = [_pid(store.get(f"pid{other}").decode()) for other in range(size)]
             exchange = _open(store, index, pids, capacity, rows_per_token, row_bytes, timeout_s)
-        except (OSError, KernelError, _ElsewhereError) as error:
+        except (OSError, ValueError, KernelError, _ElsewhereError) as error:
             reason = str(error) or repr(error)
         if index == 0 and exchange is None:
             store.set("memory", "")
         store.set(f"joined{index}", "joined" if exchange else reason)
         told = [store.get(f"joined{other}").decode() for other in range(size)]
-        if exchange is not None and any(each != "joined" for each in told):
+        reason = next((each for each in told if each != "joined"), "")
+        if not reason:
+            return exchange
+        log.warning("ranks exchange through torch.distributed, not through shared memory: %s", reason)
+        if exchange is not None:
             exchange.close()
-            return None
-        return exchange
+        return None
     except RuntimeError as error:
         raise ExchangeError(
             f"group of {size} ranks not formed over {store_address} within {timeout_s:.0f} s: {error}"
@@ -221,15 +230,15 @@ def _open(
     if index == 0:
         name = f"caravan-{secrets.token_hex(8)}"
         memfd = os.memfd_create(name)
-        os.posix_fallocate(memfd, 0, size)  # now, or a write would end in SIGBUS when memory is short
-        path = f"/proc/{os.getpid()}/fd/{memfd}"
-        store.set("memory", f"{path} {name}")
     else:
         path, _, name = store.get("memory").decode().partition(" ")
         if not path or name not in os.readlink(path):
             raise _ElsewhereError("ranks do not see each other's processes")
         memfd = os.open(path, os.O_RDWR)
     try:
+        if index == 0:
+            os.posix_fallocate(memfd, 0, size)  # now, or a write would end in SIGBUS when memory is short
+            store.set("memory", f"/proc/{os.getpid()}/fd/{memfd} {name}")
         memory = mmap.mmap(memfd, size)
         exchange = SharedExchange(index, pids, capacity, rows_per_token, row_bytes, timeout_s, memory)
         if index == 0:  # its descriptor is what the others open

@@ -62,8 +62,8 @@ def check(
             output = served[rank].outputs[number]
             assert len(output) == count
             exactness.check(written.reference, ids, output, f"{what}, rank {rank}, request {number}")
-    # Every row was computed once, by a rank that holds its expert, in every MoE layer; in the last layer only those that
-    # a token is drawn from.
+    # Every row was computed once, by a rank that holds its expert, in every MoE layer; in the last one only rows that a
+    # token is drawn from.
     tokens = sum(len(ids) + count - 1 for asked in requests.values() for _, ids, count in asked)
     if all(one.num_preemptions == 0 for one in served.values()):
         by_layer = Counter[int]()

@@ -82,7 +82,7 @@ INLINE void attend(const AttentionLayer& layer, const AttentionRows& rows, int64
         for (int64_t d = 0; d < dim; d += 16) store16(sums[g] + d, load16(sums[g] + d) * fade);
       }
       f32x16 weight = exp16(score - most[g]);
-      weight = score > -1e29f ? weight : f32x16{};
+      weight = score > -1e27f ? weight : f32x16{};
       total[g] += sum(weight);
       store16(scores[g], weight);
     }

@@ -25,7 +25,7 @@ FLAGS = (
     *("-O3", "-march=native", "-std=gnu++17", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"),
     *("-fno-trapping-math", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Werror=return-type"),
 )
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = ("g++", "c++")
 COMPILE_SECONDS = 180.0
 
 
@@ -55,7 +55,12 @@ def load_kernels(cache: Path | None = None) -> ctypes.CDLL:
 
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/caravan/kernels, or ~/.cache/caravan/kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caravan" / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise KernelError("no home folder to keep them in; set XDG_CACHE_HOME") from None
+    return home / "caravan" / "kernels"
 
 
 def _compiled(cache: Path) -> Path:
@@ -81,7 +86,10 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")]):
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=30).stdout
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{compiler} does not run ({error})") from None
     digest.update(version + " ".join(FLAGS).encode() + _processor())
     return digest.hexdigest()[:24]
 
@@ -123,4 +131,5 @@ def _run(command: list[str]) -> None:
     except subprocess.TimeoutExpired:
         raise KernelError(f"{command[0]} did not compile the kernels within {COMPILE_SECONDS:.0f} s") from None
     if done.returncode:
-        raise KernelError(f"{command[0]} cannot compile the kernels: {done.stderr.strip().splitlines()[0]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise KernelError(f"{command[0]} cannot compile the kernels: {said[0]}")

@@ -47,8 +47,8 @@ extern "C" int64_t meeting_agree(const Meeting* meeting, int64_t number, const i
 }
 extern "C" int64_t meeting_dispatch(const Meeting* meeting, int64_t rows, const char* x, const int64_t* process,
                                     const int64_t* expert, char* x_S, int64_t* expert_S, int64_t* owner_S,
-                                    int64_t* place_S, int64_t* taken) {
-  return dispatch(*meeting, rows, x, process, expert, x_S, expert_S, owner_S, place_S, taken);
+                                    int64_t* place_S, int64_t room, int64_t* taken) {
+  return dispatch(*meeting, rows, x, process, expert, x_S, expert_S, owner_S, place_S, room, taken);
 }
 extern "C" int64_t meeting_combine(const Meeting* meeting, int64_t count, const char* y_S, const int64_t* owner_S,
                                    const int64_t* place_S) {

@@ -40,7 +40,7 @@ struct Meeting {  // kept in step with shared_exchange.py
   char* results(int64_t rank) const { return rows(rank) + capacity * room; }
 };
 
-enum Outcome { MET = 0, TIMED_OUT = 1, GIVEN_UP = 2, PEER_LOST = 3 };
+enum Outcome { MET = 0, TIMED_OUT = 1, GIVEN_UP = 2, PEER_LOST = 3, TOO_MANY = 4 };
 enum { LOOK_AROUND_NS = 5000000 };
 
 inline int64_t now_ns() {
@@ -108,9 +108,9 @@ inline int64_t agree(const Meeting& meeting, int64_t number, const int64_t* mine
 }
 
 // Lay out this rank's rows for all to read, wait for the others' and take those for this one: of each its expert, its
-// owner and its place there. `*taken`: how many.
+// owner and its place there. `room`: for how many; `*taken`: how many.
 inline int64_t dispatch(const Meeting& meeting, int64_t rows, const char* x, const int64_t* process, const int64_t* expert,
-                        char* x_S, int64_t* expert_S, int64_t* owner_S, int64_t* place_S, int64_t* taken) {
+                        char* x_S, int64_t* expert_S, int64_t* owner_S, int64_t* place_S, int64_t room, int64_t* taken) {
   const int64_t me = meeting.index, bytes = meeting.row_bytes;
   memcpy(meeting.experts(me), expert, rows * 8);
   memcpy(meeting.processes(me), process, rows * 8);
@@ -122,6 +122,7 @@ inline int64_t dispatch(const Meeting& meeting, int64_t rows, const char* x, con
   for (int64_t rank = 0; rank < meeting.size; rank++)
     for (int64_t row = 0; row < meeting.member(rank).rows; row++)
       if (meeting.processes(rank)[row] == me) {
+        if (count == room) return TOO_MANY | rank << 8;
         memcpy(x_S + count * bytes, meeting.rows(rank) + row * meeting.room, bytes);
         expert_S[count] = meeting.experts(rank)[row];
         owner_S[count] = rank;

@@ -10,7 +10,6 @@ struct Team {
 #pragma omp barrier
     }
   }
-  bool is_first() const { return thread == 0; }
 };
 
 template <class Body>

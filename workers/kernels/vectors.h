@@ -1,6 +1,6 @@
 // Vectors of 16 floats, the two element types, and the one product everything is made of: rows by rows.
 //
-// Portable: GCC's and Clang's vector extensions, which the compiler splits where the machine's registers are narrower.
+// For any processor GCC knows: its vector extensions, which the compiler splits where the machine's registers are narrower.
 // Where AVX-512 has bfloat16 dot products they are used; elsewhere bfloat16 is widened, which is exact.
 //
 // Every output is one sum over K in one fixed order, whatever the number of rows that are computed beside it: results do
@@ -23,11 +23,7 @@ struct bf16 {
 };
 
 #define INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define UNROLLED _Pragma("unroll")
-#else
 #define UNROLLED _Pragma("GCC unroll 8")
-#endif
 
 template <class To, class From>
 INLINE To bits_of(From from) {
@@ -185,11 +181,7 @@ INLINE void sum4(f32x16 a, f32x16 b, f32x16 c, f32x16 d, float* to) {
 #define HIGH32 (i32x16{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31})
 #define LOW64 (i32x16{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29})
 #define HIGH64 (i32x16{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31})
-#if defined(__clang__)
-#define SHUFFLE(x, y, m) __builtin_shufflevector(x, y, m)
-#else
 #define SHUFFLE(x, y, m) __builtin_shuffle(x, y, m)
-#endif
   f32x16 ab = SHUFFLE(a, b, LOW32) + SHUFFLE(a, b, HIGH32);
   f32x16 cd = SHUFFLE(c, d, LOW32) + SHUFFLE(c, d, HIGH32);
   f32x16 abcd = SHUFFLE(ab, cd, LOW64) + SHUFFLE(ab, cd, HIGH64);
