@@ -96,4 +96,5 @@ def test_long_prompts_are_long_and_count_for_the_context() -> None:
 def test_token_ids_are_in_the_vocabulary(vocab_size: int) -> None:
     end = tokens_end(vocab_size)
     assert LEAST_TOKEN < end <= min(vocab_size, 8000)
-    assert end > vocab_size / 2 or end == 8000
+    # Halved, rounding down, until the vocabulary has it: the one before was too large.
+    assert 2 * end + 1 > vocab_size or end == 8000
