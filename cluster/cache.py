@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from cluster.errors import ExitCode, ServerError, UsageError
-from workers.packed_cache import CachedPack, PackedCache, default_cache_folder
+from workers.packed_cache import CachedPack, CacheUnusableError, PackedCache, default_cache_folder
 from workers.packed_file import PackDamagedError, PackFile, damaged_tensors
 
 SHORT = 12
@@ -28,7 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: no such folder or pack.
         ServerError: the folder cannot be read or changed.
     """
-    folder = arguments.dir.expanduser() if arguments.dir is not None else default_cache_folder()
+    try:
+        folder = arguments.dir.expanduser() if arguments.dir is not None else default_cache_folder()
+    except CacheUnusableError as error:
+        raise UsageError(f"{error}, or name the folder with --dir") from None
     if arguments.dir is not None and not folder.is_dir():
         raise UsageError(f"dir: {folder} is no folder")
     cache = PackedCache(folder)

@@ -86,11 +86,13 @@ class Kernels:
         function.restype = result
         return function
 
-    def scratch(self, size: int) -> c_void_p:
-        """At least `size` bytes, until the next call."""
+    def run(self, kernel: Any, *arguments: Any) -> int:
+        """Call a kernel that works in scratch memory, of which it says itself how much it takes."""
+        size = kernel(*arguments, None, 0)
         if size > self._scratch.numel():
             self._scratch = torch.empty(size * 3 // 2, dtype=torch.uint8)
-        return c_void_p(self._scratch.data_ptr())
+        result: int = kernel(*arguments, c_void_p(self._scratch.data_ptr()), c_int(self.threads))
+        return result
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -107,9 +109,8 @@ class StepRows:
         self, rows: PagedRows, cos_TD: Tensor | None = None, sin_TD: Tensor | None = None, temp_T: Tensor | None = None
     ) -> None:
         self._keep = (rows, cos_TD, sin_TD, temp_T)
-        self.count = len(rows.slot_T)
         self.struct = _AttentionRows(
-            self.count,
+            len(rows.slot_T),
             rows.tables_SM.shape[1],
             *(array.ctypes.data for array in (rows.slot_T, rows.position_T, rows.first_T, rows.sequence_T)),
             *(array.ctypes.data for array in (rows.first_block_S, rows.tables_SM)),
@@ -134,9 +135,7 @@ class NativeAttention:
 
     def __call__(self, x_TX: Tensor, rows: StepRows) -> None:
         k, layer, step = self._kernels, ctypes.byref(self._layer), ctypes.byref(rows.struct)
-        x = c_void_p(x_TX.data_ptr())
-        size = k.attention(layer, step, x, None, 0)
-        k.attention(layer, step, x, k.scratch(size), c_int(k.threads))
+        k.run(k.attention, layer, step, c_void_p(x_TX.data_ptr()))
 
 
 class NativeDense:
@@ -152,9 +151,7 @@ class NativeDense:
         k, layer, rows = self._kernels, ctypes.byref(self._layer), len(x_TX)
         top_k = c_int64(len(routed_RX) // max(1, rows) if routed_RX is not None else 0)
         tensors = [c_void_p(_pointer(t)) for t in (normed_TX, routed_RX)]
-        x = c_void_p(x_TX.data_ptr())
-        size = k.dense(layer, c_int64(rows), *tensors, top_k, x, None, 0)
-        k.dense(layer, c_int64(rows), *tensors, top_k, x, k.scratch(size), c_int(k.threads))
+        k.run(k.dense, layer, c_int64(rows), *tensors, top_k, c_void_p(x_TX.data_ptr()))
 
 
 class NativeRouter:
@@ -172,8 +169,7 @@ class NativeRouter:
         scaled_RX = x_TX.new_empty(rows * self._top_k, x_TX.shape[1])
         expert_R = torch.empty(rows * self._top_k, dtype=torch.int64)
         tensors = [c_void_p(t.data_ptr()) for t in (x_TX, normed_TX, scaled_RX, expert_R)]
-        size = k.route(layer, c_int64(rows), *tensors, None, 0)
-        k.route(layer, c_int64(rows), *tensors, k.scratch(size), c_int(k.threads))
+        k.run(k.route, layer, c_int64(rows), *tensors)
         return normed_TX, scaled_RX, expert_R
 
 
@@ -200,8 +196,7 @@ class NativeExperts:
         k, layer, rows = self._kernels, ctypes.byref(self._layer), len(x_SX)
         y_SX = torch.empty_like(x_SX)
         tensors = [c_void_p(_pointer(t)) for t in (x_SX, expert_S, y_SX)]
-        size = k.experts(layer, c_int64(rows), *tensors, None, 0)
-        missing = k.experts(layer, c_int64(rows), *tensors, k.scratch(size), c_int(k.threads))
+        missing = k.run(k.experts, layer, c_int64(rows), *tensors)
         if missing >= 0:
             raise RuntimeError(f"rows arrived for expert {missing}, which this rank does not hold")
         return y_SX

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.cache_folder import cache_folder
 from workers.packed_file import Header, PackDamagedError, PackFile, Writer, is_still, read_header, read_state, try_lock
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,15 @@ class CachedPack:
 
 
 def default_cache_folder() -> Path:
-    """$XDG_CACHE_HOME/caravan/weights, else ~/.cache/caravan/weights."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "caravan" / "weights"
+    """$XDG_CACHE_HOME/caravan/weights, else ~/.cache/caravan/weights.
+
+    Raises:
+        CacheUnusableError: there is no home folder.
+    """
+    try:
+        return cache_folder("weights")
+    except OSError as error:
+        raise CacheUnusableError(str(error)) from None
 
 
 class PackedCache:

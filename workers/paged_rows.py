@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from workers.block_pool import BlockTable
 from workers.scheduler import Scheduled
 
 Integers = npt.NDArray[np.int64]
@@ -32,24 +33,24 @@ class PagedRows:
     """Block tables, padded with 0."""
 
 
-def paged_rows(plan: Sequence[Scheduled], chunk_size: int | None, block_size: int) -> PagedRows:
-    """Rows of `plan` in its order, as global layers (`chunk_size` None) or local ones see them."""
+def paged_rows(plan: Sequence[Scheduled], chunk_size: int, block_size: int) -> tuple[PagedRows, PagedRows]:
+    """Rows of `plan` in its order, as global layers and as local ones see them."""
     start_S = np.array([item.start for item in plan], dtype=np.int64)
     count_S = np.array([item.end for item in plan], dtype=np.int64) - start_S
     sequence_T = np.repeat(np.arange(len(plan)), count_S)
     row_S = np.cumsum(count_S) - count_S
     position_T = np.arange(len(sequence_T)) + (start_S - row_S)[sequence_T]
-    tables = [item.sequence.blocks.global_ if chunk_size is None else item.sequence.blocks.local for item in plan]
-    first_block_S = np.array([table.first for table in tables], dtype=np.int64)
-    tables_SM = np.zeros((len(plan), max((len(table.blocks) for table in tables), default=0)), dtype=np.int32)
-    for row, table in enumerate(tables):
-        tables_SM[row, : len(table.blocks)] = table.blocks
-    block_T = tables_SM[sequence_T, position_T // block_size - first_block_S[sequence_T]]
-    return PagedRows(
-        slot_T=block_T.astype(np.int64) * block_size + position_T % block_size,
-        position_T=position_T,
-        first_T=np.zeros_like(position_T) if chunk_size is None else position_T // chunk_size * chunk_size,
-        sequence_T=sequence_T,
-        first_block_S=first_block_S,
-        tables_SM=tables_SM,
+
+    def seen_through(tables: list[BlockTable], first_T: Integers) -> PagedRows:
+        first_block_S = np.array([table.first for table in tables], dtype=np.int64)
+        tables_SM = np.zeros((len(plan), max((len(table.blocks) for table in tables), default=0)), dtype=np.int32)
+        for row, table in enumerate(tables):
+            tables_SM[row, : len(table.blocks)] = table.blocks
+        block_T = tables_SM[sequence_T, position_T // block_size - first_block_S[sequence_T]]
+        slot_T = block_T.astype(np.int64) * block_size + position_T % block_size
+        return PagedRows(slot_T, position_T, first_T, sequence_T, first_block_S, tables_SM)
+
+    return (
+        seen_through([item.sequence.blocks.global_ for item in plan], np.zeros_like(position_T)),
+        seen_through([item.sequence.blocks.local for item in plan], position_T // chunk_size * chunk_size),
     )

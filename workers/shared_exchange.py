@@ -67,7 +67,7 @@ class SharedExchange(Exchange):
         self._pids, self._rows_per_token, self._room = pids, rows_per_token, row_bytes
         self._timeout_s, self._memory = timeout_s, memory
         self._library = load_kernels()
-        for name in ("bytes", "results", "agree", "dispatch", "combine"):
+        for name in ("results", "agree", "dispatch", "combine"):
             getattr(self._library, f"meeting_{name}").restype = c_int64
         self._given_up = ctypes.c_int32(0)
         self._pidfds = [-1 if pid == os.getpid() else os.pidfd_open(pid) for pid in pids]

@@ -49,8 +49,8 @@ class AttentionInputs:
 
 
 class StepInputs:
-    """Everything a step computes with. How rows see keys is laid out when it is asked for: the eager layers want
-    segments (`global_`, `local`), the kernels rows (`global_rows`, `local_rows`)."""
+    """Everything a step computes with. How rows see keys is in `global_rows` and `local_rows`, as the kernels take it;
+    the eager layers' segments (`global_`, `local`) are laid out when they are asked for."""
 
     def __init__(
         self,
@@ -74,22 +74,12 @@ class StepInputs:
             rows += range(first + wanted.start, first + wanted.stop)
             tokens += item.sequence.tokens(item.start, item.end)
         self.token_T = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self.global_rows, self.local_rows = paged_rows(plan, chunk_size, block_size)
+        self.position_T = torch.from_numpy(self.global_rows.position_T).to(device)
         self.output_rows = None
         """Rows whose hidden states are wanted, int64; None: all."""
         if len(rows) < len(tokens):
             self.output_rows = torch.tensor(rows, dtype=torch.int64, device=device)
-
-    @cached_property
-    def position_T(self) -> Tensor:
-        return torch.from_numpy(self.global_rows.position_T).to(self._device)
-
-    @cached_property
-    def global_rows(self) -> PagedRows:
-        return paged_rows(self._plan, None, self._block_size)
-
-    @cached_property
-    def local_rows(self) -> PagedRows:
-        return paged_rows(self._plan, self._chunk_size, self._block_size)
 
     @cached_property
     def global_(self) -> AttentionInputs:

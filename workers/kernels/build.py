@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from workers.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,10 @@ def load_kernels(cache: Path | None = None) -> ctypes.CDLL:
 
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/caravan/kernels, or ~/.cache/caravan/kernels."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        home = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
-        raise KernelError("no home folder to keep them in; set XDG_CACHE_HOME") from None
-    return home / "caravan" / "kernels"
+        return cache_folder("kernels")
+    except OSError as error:
+        raise KernelError(str(error)) from None
 
 
 def _compiled(cache: Path) -> Path:
