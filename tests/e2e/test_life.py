@@ -201,6 +201,6 @@ def test_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 60
     assert "tokens exchanged" in done.stdout
-    assert done.stdout.count("│ 32 ") == 4, done.stdout
+    assert done.stdout.count("│ 32           │") == 4, done.stdout
     assert "Traceback" not in done.stderr
     assert marked(mark) == []
