@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from protos import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
@@ -358,6 +359,8 @@ class RankLoad(_message.Message):
     WEIGHTS_BYTES_READ_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_WITHIN_HOST_FIELD_NUMBER: _builtins.int
+    BYTES_BETWEEN_HOSTS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences."""
     waiting: _builtins.int
@@ -373,6 +376,9 @@ class RankLoad(_message.Message):
     """Sequences the rank runs at once at most. 0: unknown."""
     kv_capacity_tokens: _builtins.int
     """Tokens the KV pool of its global layers holds. 0: unknown."""
+    bytes_within_host: _builtins.int
+    """Bytes this rank sent to ranks of its own host, and to those of others, since it started."""
+    bytes_between_hosts: _builtins.int
     def __init__(
         self,
         *,
@@ -385,10 +391,12 @@ class RankLoad(_message.Message):
         weights_bytes_read: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
         kv_capacity_tokens: _builtins.int = ...,
+        bytes_within_host: _builtins.int = ...,
+        bytes_between_hosts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_capacity_tokens", b"kv_capacity_tokens", "kv_usage_ratio", b"kv_usage_ratio", "max_num_seqs", b"max_num_seqs", "pending_tokens", b"pending_tokens", "running", b"running", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "waiting", b"waiting", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_between_hosts", b"bytes_between_hosts", "bytes_within_host", b"bytes_within_host", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_usage_ratio", b"kv_usage_ratio", "max_num_seqs", b"max_num_seqs", "pending_tokens", b"pending_tokens", "running", b"running", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "waiting", b"waiting", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,6 +454,7 @@ class RankReport(_message.Message):
     EPOCH_READY_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def joined(self) -> Global___Joined: ...
     @_builtins.property
@@ -456,6 +465,8 @@ class RankReport(_message.Message):
     def load(self) -> Global___RankLoad: ...
     @_builtins.property
     def failed(self) -> Global___Failed: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress: ...
     def __init__(
         self,
         *,
@@ -464,12 +475,13 @@ class RankReport(_message.Message):
         epoch_ready: Global___EpochReady | None = ...,
         load: Global___RankLoad | None = ...,
         failed: Global___Failed | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch_ready", b"epoch_ready", "failed", b"failed", "joined", b"joined", "load", b"load", "loading", b"loading", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch_ready", b"epoch_ready", "failed", b"failed", "joined", b"joined", "load", b"load", "loading", b"loading", "message", b"message", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch_ready", b"epoch_ready", "failed", b"failed", "joined", b"joined", "load", b"load", "loading", b"loading", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch_ready", b"epoch_ready", "failed", b"failed", "joined", b"joined", "load", b"load", "loading", b"loading", "message", b"message", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "loading", "epoch_ready", "load", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "loading", "epoch_ready", "load", "failed", "progress"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -507,6 +519,7 @@ class Joined(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    EXCHANGE_ADDRESS_FIELD_NUMBER: _builtins.int
     gang_id: _builtins.str
     rank: _builtins.int
     incarnation: _builtins.int
@@ -515,6 +528,8 @@ class Joined(_message.Message):
     """Address of the host, and HOST:PORT where this rank serves the Rank service."""
     address: _builtins.str
     device: _builtins.str
+    exchange_address: _builtins.str
+    """HOST:PORT where this rank takes its peers' exchange connections, of every epoch. Empty: it takes none."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of caravan, torch and python."""
@@ -530,14 +545,62 @@ class Joined(_message.Message):
         address: _builtins.str = ...,
         device: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        exchange_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "gang_id", b"gang_id", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "rank", b"rank", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "exchange_address", b"exchange_address", "gang_id", b"gang_id", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "rank", b"rank", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Joined: _TypeAlias = Joined  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """How far a rank has come with an epoch. Sent when a stage begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Stage:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Progress._Stage.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STAGE_UNSPECIFIED: Progress._Stage.ValueType  # 0
+        STAGE_WEIGHTS: Progress._Stage.ValueType  # 1
+        """Reading or mapping weights."""
+        STAGE_GROUP: Progress._Stage.ValueType  # 2
+        """Connecting to the other ranks."""
+        STAGE_FIRST_EXCHANGE: Progress._Stage.ValueType  # 3
+        """Connected; the first exchange is under way."""
+
+    class Stage(_Stage, metaclass=_StageEnumTypeWrapper): ...
+    STAGE_UNSPECIFIED: Progress.Stage.ValueType  # 0
+    STAGE_WEIGHTS: Progress.Stage.ValueType  # 1
+    """Reading or mapping weights."""
+    STAGE_GROUP: Progress.Stage.ValueType  # 2
+    """Connecting to the other ranks."""
+    STAGE_FIRST_EXCHANGE: Progress.Stage.ValueType  # 3
+    """Connected; the first exchange is under way."""
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    stage: Global___Progress.Stage.ValueType
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        stage: Global___Progress.Stage.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Loading(_message.Message):
@@ -661,19 +724,27 @@ class Member(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    EXCHANGE_ADDRESS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     incarnation: _builtins.int
     address: _builtins.str
+    host: _builtins.str
+    """Address of its host; ranks with the same one share a host."""
+    exchange_address: _builtins.str
+    """As in Joined."""
     def __init__(
         self,
         *,
         rank: _builtins.int = ...,
         incarnation: _builtins.int = ...,
         address: _builtins.str = ...,
+        host: _builtins.str = ...,
+        exchange_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "exchange_address", b"exchange_address", "host", b"host", "incarnation", b"incarnation", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -808,6 +879,8 @@ class GangView(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     IS_USER_ERROR_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
     gang_id: _builtins.str
     epoch: _builtins.int
     state: _builtins.str
@@ -819,8 +892,12 @@ class GangView(_message.Message):
     dtype: _builtins.str
     is_user_error: _builtins.bool
     """With state "failed": the user's input is at fault, so nobody should wait for a recovery."""
+    stage: _builtins.str
+    """With state "starting": the stage it is in, of those in cluster/stages.py."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankView]: ...
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostView]: ...
     def __init__(
         self,
         *,
@@ -832,14 +909,85 @@ class GangView(_message.Message):
         max_model_len: _builtins.int = ...,
         dtype: _builtins.str = ...,
         is_user_error: _builtins.bool = ...,
+        stage: _builtins.str = ...,
+        hosts: _abc.Iterable[Global___HostView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "dtype", b"dtype", "epoch", b"epoch", "gang_id", b"gang_id", "is_user_error", b"is_user_error", "max_model_len", b"max_model_len", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "dtype", b"dtype", "epoch", b"epoch", "gang_id", b"gang_id", "hosts", b"hosts", "is_user_error", b"is_user_error", "max_model_len", b"max_model_len", "ranks", b"ranks", "stage", b"stage", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GangView: _TypeAlias = GangView  # noqa: Y015
+
+@_typing.final
+class HostView(_message.Message):
+    """A host of the gang, as its agent reports it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    BYTES_TO_FETCH_FIELD_NUMBER: _builtins.int
+    ROUND_TRIPS_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """Its address in the cluster: the key."""
+    hostname: _builtins.str
+    interface: _builtins.str
+    """Of its network interface with that address."""
+    bytes_fetched: _builtins.int
+    """Bytes of the checkpoint fetched to it, and in all; 0 and 0 where nothing is fetched."""
+    bytes_to_fetch: _builtins.int
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def round_trips(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundTrip]:
+        """To every other host of the gang."""
+
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        interface: _builtins.str = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        bytes_fetched: _builtins.int = ...,
+        bytes_to_fetch: _builtins.int = ...,
+        round_trips: _abc.Iterable[Global___RoundTrip] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "bytes_to_fetch", b"bytes_to_fetch", "host", b"host", "hostname", b"hostname", "interface", b"interface", "ranks", b"ranks", "round_trips", b"round_trips"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostView: _TypeAlias = HostView  # noqa: Y015
+
+@_typing.final
+class RoundTrip(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    seconds: _builtins.float
+    """Median of the latest few."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundTrip: _TypeAlias = RoundTrip  # noqa: Y015
 
 @_typing.final
 class RankView(_message.Message):

@@ -755,6 +755,8 @@ class GangStatus(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     epoch: _builtins.int
     running: _builtins.int
@@ -764,8 +766,12 @@ class GangStatus(_message.Message):
     """"starting", "ready" or "failed"."""
     detail: _builtins.str
     """Why, when failed."""
+    stage: _builtins.str
+    """With state "starting": the stage it is in."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]: ...
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostStatus]: ...
     def __init__(
         self,
         *,
@@ -776,10 +782,12 @@ class GangStatus(_message.Message):
         ranks: _abc.Iterable[Global___RankStatus] | None = ...,
         state: _builtins.str = ...,
         detail: _builtins.str = ...,
+        stage: _builtins.str = ...,
+        hosts: _abc.Iterable[Global___HostStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "epoch", b"epoch", "id", b"id", "ranks", b"ranks", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "epoch", b"epoch", "hosts", b"hosts", "id", b"id", "ranks", b"ranks", "running", b"running", "stage", b"stage", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -798,6 +806,9 @@ class RankStatus(_message.Message):
     TOKENS_COMPUTED_FIELD_NUMBER: _builtins.int
     TOKENS_EXCHANGED_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_READ_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    BYTES_WITHIN_HOST_FIELD_NUMBER: _builtins.int
+    BYTES_BETWEEN_HOSTS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     incarnation: _builtins.int
     pid: _builtins.int
@@ -812,6 +823,11 @@ class RankStatus(_message.Message):
     """Token rows this rank sent to other ranks' experts since it started."""
     weights_bytes_read: _builtins.int
     """Bytes of weights this rank has mapped or read."""
+    address: _builtins.str
+    """HOST:PORT on which routers reach this rank."""
+    bytes_within_host: _builtins.int
+    """Bytes this rank sent to ranks of its own host, and to those of other hosts, since it started."""
+    bytes_between_hosts: _builtins.int
     def __init__(
         self,
         *,
@@ -824,11 +840,74 @@ class RankStatus(_message.Message):
         tokens_computed: _builtins.int = ...,
         tokens_exchanged: _builtins.int = ...,
         weights_bytes_read: _builtins.int = ...,
+        address: _builtins.str = ...,
+        bytes_within_host: _builtins.int = ...,
+        bytes_between_hosts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "rank", b"rank", "state", b"state", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes_between_hosts", b"bytes_between_hosts", "bytes_within_host", b"bytes_within_host", "experts", b"experts", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "rank", b"rank", "state", b"state", "tokens_computed", b"tokens_computed", "tokens_exchanged", b"tokens_exchanged", "weights_bytes_read", b"weights_bytes_read"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankStatus: _TypeAlias = RankStatus  # noqa: Y015
+
+@_typing.final
+class HostStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    ROUND_TRIPS_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """Address in the cluster, as in RankStatus."""
+    hostname: _builtins.str
+    interface: _builtins.str
+    """Of the network interface with that address."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def round_trips(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundTrip]: ...
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        interface: _builtins.str = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        round_trips: _abc.Iterable[Global___RoundTrip] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "hostname", b"hostname", "interface", b"interface", "ranks", b"ranks", "round_trips", b"round_trips"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostStatus: _TypeAlias = HostStatus  # noqa: Y015
+
+@_typing.final
+class RoundTrip(_message.Message):
+    """From one host to another of the same gang."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    seconds: _builtins.float
+    """Median of the latest few measured."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundTrip: _TypeAlias = RoundTrip  # noqa: Y015
