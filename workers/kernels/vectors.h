@@ -18,12 +18,14 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
+#define LANES16 (i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+
 struct bf16 {
   uint16_t bits;
 };
 
 #define INLINE inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED _Pragma("GCC unroll 16")
 
 template <class To, class From>
 INLINE To bits_of(From from) {
@@ -133,27 +135,51 @@ INLINE f32x16 exp16(f32x16 x) {
   return bits_of<f32x16>(bits_of<i32x16>(p) + exponent);
 }
 
+// 2^x for x ≤ 0, within 2 ulp of the largest; 0 from -127 down. Its exponent is taken from where the rounding left it.
+INLINE f32x16 power2(f32x16 x) {
+  const f32x16 shift = all(12582912.0f), least = all(-127.0f);
+  x = x > least ? x : least;
+  f32x16 n = x + shift;
+  f32x16 r = x - (n - shift);
+  f32x16 p = all(1.326472615e-3f);
+  p = p * r + 9.671512991e-3f;
+  p = p * r + 5.550733581e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.0f;
+  return bits_of<f32x16>(bits_of<i32x16>(p) + (bits_of<i32x16>(n) << 23));
+}
+
 // ---- rows by rows --------------------------------------------------------------------------------------------------
 
-// Elements of one vector, and accumulate(sum, a, b): sum += a · b, element by element (pairs of bfloat16 side by side).
+// Elements of one vector, and accumulate(sum, a, b): sum += a · b, element by element: `per` neighbours go into one sum.
+// broadcast: the `per` elements at a place, everywhere. narrowed: a Vector from `per` of float32.
+// side_by_side: elements i to i + 15 of n of `per` rows, neighbour by neighbour.
 template <class S>
 struct Lanes;
 
 template <>
 struct Lanes<float> {
-  enum { count = 16 };
+  enum { count = 16, per = 1 };
   typedef f32x16 Vector;
   static INLINE Vector load(const float* from) { return load16(from); }
+  static INLINE Vector broadcast(const float* from) { return all(*from); }
+  static INLINE Vector narrowed(const f32x16* from) { return *from; }
+  static INLINE Vector side_by_side(const float* a, const float*, int64_t i, int64_t n) { return load_at(a, i, n); }
   static INLINE Vector load_some(const float* from, int64_t n) { return ::load_some(from, n); }
   static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) { return sum + a * b; }
 };
 
 template <>
 struct Lanes<bf16> {
-  enum { count = 32 };
+  enum { count = 32, per = 2 };
 #if defined(__AVX512BF16__)
   typedef __m512bh Vector;
   static INLINE Vector load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static INLINE Vector narrowed(const f32x16* from) {
+    return _mm512_cvtne2ps_pbh((__m512)from[1], (__m512)from[0]);
+  }
+  static INLINE Vector broadcast(const bf16* from) { return (__m512bh)_mm512_set1_epi32(bits_of<int32_t>(pair_at(from))); }
   static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) {
     return (f32x16)_mm512_dpbf16_ps((__m512)sum, a, b);
   }
@@ -164,6 +190,13 @@ struct Lanes<bf16> {
     memcpy(&value, from, sizeof(value));
     return value;
   }
+  static INLINE Vector narrowed(const f32x16* from) {
+    bf16 some[32];
+    store16(some, from[0]);
+    store16(some + 16, from[1]);
+    return load(some);
+  }
+  static INLINE Vector broadcast(const bf16* from) { return pair_at(from) - Vector{}; }
   static INLINE f32x16 low(Vector v) { return bits_of<f32x16>(v << 16); }
   static INLINE f32x16 high(Vector v) { return bits_of<f32x16>(v & 0xffff0000u); }
   static INLINE f32x16 accumulate(f32x16 sum, Vector a, Vector b) { return sum + low(a) * low(b) + high(a) * high(b); }
@@ -172,6 +205,22 @@ struct Lanes<bf16> {
     bf16 some[32] = {};
     memcpy(some, from, n * sizeof(bf16));
     return load(some);
+  }
+  static INLINE uint32_t pair_at(const bf16* from) {
+    uint32_t pair;
+    memcpy(&pair, from, sizeof(pair));
+    return pair;
+  }
+  static INLINE Vector side_by_side(const bf16* a, const bf16* b, int64_t i, int64_t n) {
+#if defined(__AVX512BF16__)
+    if (i + 16 <= n) {
+      const __m512i places = (__m512i)(LANES16 * 0x10001 + (32 << 16));
+      __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(a + i)));
+      __m512i high = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(b + i)));
+      return (Vector)_mm512_permutex2var_epi16(low, places, high);
+    }
+#endif
+    return bits_of<Vector>(bits_of<u32x16>(load_at(a, i, n)) >> 16 | bits_of<u32x16>(load_at(b, i, n)));
   }
 };
 
@@ -189,6 +238,36 @@ INLINE void sum4(f32x16 a, f32x16 b, f32x16 c, f32x16 d, float* to) {
   memcpy(part, &abcd, sizeof(part));
   f32x4 total = (part[0] + part[1]) + (part[2] + part[3]);
   memcpy(to, &total, sizeof(total));
+}
+
+// to: the 16 columns of row(0) to row(15).
+template <class Row, class S>
+INLINE void transpose16(Row row, S* to) {
+#define EVEN128 (i32x16{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27})
+#define ODD128 (i32x16{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31})
+  f32x16 by2[16], by4[16], columns[16];
+  UNROLLED for (int i = 0; i < 16; i += 2) {
+    f32x16 a = row(i), b = row(i + 1);
+    by2[i] = SHUFFLE(a, b, LOW32);
+    by2[i + 1] = SHUFFLE(a, b, HIGH32);
+  }
+  UNROLLED for (int i = 0; i < 16; i += 4)
+    UNROLLED for (int half = 0; half < 2; half++) {
+      by4[i + 2 * half] = SHUFFLE(by2[i + half], by2[i + half + 2], LOW64);
+      by4[i + 2 * half + 1] = SHUFFLE(by2[i + half], by2[i + half + 2], HIGH64);
+    }
+  UNROLLED for (int i = 0; i < 4; i++) {  // four columns each in quarters 0 to 3
+    f32x16 even[2], odd[2];
+    UNROLLED for (int half = 0; half < 2; half++) {
+      even[half] = SHUFFLE(by4[i + 8 * half], by4[i + 8 * half + 4], EVEN128);
+      odd[half] = SHUFFLE(by4[i + 8 * half], by4[i + 8 * half + 4], ODD128);
+    }
+    columns[i] = SHUFFLE(even[0], even[1], EVEN128);
+    columns[i + 4] = SHUFFLE(odd[0], odd[1], EVEN128);
+    columns[i + 8] = SHUFFLE(even[0], even[1], ODD128);
+    columns[i + 12] = SHUFFLE(odd[0], odd[1], ODD128);
+  }
+  UNROLLED for (int i = 0; i < 16; i++) memcpy(reinterpret_cast<char*>(to) + 64 * i, &columns[i], 64);
 }
 
 // out[t][r] = Σ_k x[t][k] · w[r · stride + k] for T rows of x and four of w.

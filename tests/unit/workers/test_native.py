@@ -3,7 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +17,10 @@ from tests.local_engine import LocalRank, engine_config, greedy, prompt
 from workers.errors import UserError
 from workers.kernels import build
 from workers.layers import mlp, rms_norm
-from workers.native import Kernels, NativeDense, NativeExperts, NativeHead, NativeRouter
+from workers.native import Kernels, NativeAttention, NativeDense, NativeExperts, NativeHead, NativeRouter, StepRows
 from workers.native_model import NativeLlama4
-from workers.weights import ExpertWeights, MlpWeights
+from workers.paged_rows import PagedRows
+from workers.weights import AttentionWeights, ExpertWeights, MlpWeights
 
 if not any(map(shutil.which, build.COMPILERS)):
     pytest.skip("no C++ compiler on this host: ranks compute in torch's operators", allow_module_level=True)
@@ -125,6 +128,127 @@ def test_head(dtype: torch.dtype, tokens: int, hidden: int, vocabulary: int) -> 
     normed = native.norm(randoms(3, tokens, hidden, dtype=dtype))
     assert_close(normed, rms_norm(randoms(3, tokens, hidden, dtype=dtype), norm, 1e-5), dtype)
     assert_close(native.logits(normed), normed.float() @ head.float().T, dtype)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+class PagedAttention:
+    """One attention layer over a pool that is full of keys. Steps are (first position, rows) of each sequence.
+
+    Every sequence has `length` positions, in blocks anywhere in the pool.
+    """
+
+    hidden = 24
+
+    def __init__(
+        self, dtype: torch.dtype, kv_heads: int, group: int, dim: int, block_size: int, chunk: int, length: int
+    ) -> None:
+        self.dtype, self.kv_heads, self.group, self.dim = dtype, kv_heads, group, dim
+        self.block_size, self.chunk = block_size, chunk
+        blocks, heads, sequences = -(-length // block_size), kv_heads * group, 3
+        order = torch.randperm(blocks * sequences, generator=torch.Generator().manual_seed(7)).numpy()
+        self.tables_SM = order.astype(np.int32).reshape(sequences, blocks)
+        self.weights = AttentionWeights(
+            randoms(2, (heads + 2 * kv_heads) * dim, self.hidden, dtype=dtype) / 4,
+            None,
+            randoms(3, self.hidden, heads * dim, dtype=dtype) / (heads * dim) ** 0.5,
+            None,
+        )
+        pool = (blocks * sequences, block_size, kv_heads, dim)
+        self.pool = (randoms(4, *pool, dtype=dtype), randoms(5, *pool, dtype=dtype))
+        self.x = randoms(6, sequences, length, self.hidden, dtype=dtype)
+        self.norm = torch.ones(self.hidden, dtype=dtype)
+
+    def __call__(self, steps: dict[int, range], threads: int = 1) -> dict[int, Tensor]:
+        """Of each sequence, its rows' results. The pool that is left has the step's keys."""
+        sequence_T = np.concatenate([np.full(len(run), number) for number, run in steps.items()]).astype(np.int64)
+        position_T = np.concatenate([np.array(run) for run in steps.values()]).astype(np.int64)
+        size = self.block_size
+        slot_T = self.tables_SM[sequence_T, position_T // size].astype(np.int64) * size + position_T % size
+        first_T = position_T // self.chunk * self.chunk if self.chunk else np.zeros_like(position_T)
+        rows = PagedRows(slot_T, position_T, first_T, sequence_T, np.zeros(3, dtype=np.int64), self.tables_SM)
+        config = SimpleNamespace(
+            hidden_size=self.hidden,
+            num_heads=self.kv_heads * self.group,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            use_qk_norm=False,
+            rms_norm_eps=1e-5,
+        )
+        layer = NativeAttention(Kernels(self.dtype, threads), config, self.norm, self.weights, self.pool)
+        x = torch.cat([self.x[number, run.start : run.stop] for number, run in steps.items()])
+        layer(x, StepRows(rows))
+        return dict(zip(steps, x.split([len(run) for run in steps.values()]), strict=True))
+
+    def expected(self, sequence: int, position: int) -> Tensor:
+        """In float64 from the pool, but for the roundings between the parts."""
+        heads, dtype, size = self.kv_heads * self.group, self.dtype, self.block_size
+        x = self.x[sequence, position]
+        normed = rms_norm(x[None], self.norm, 1e-5)[0].double()
+        q = (self.weights.qkv[: heads * self.dim].double() @ normed).to(dtype).double().view(heads, self.dim)
+        seen = np.arange(position // self.chunk * self.chunk if self.chunk else 0, position + 1)
+        slots = torch.from_numpy(self.tables_SM[sequence, seen // size].astype(np.int64) * size + seen % size)
+        k, v = (pool.flatten(0, 1)[slots].double().repeat_interleave(self.group, 1) for pool in self.pool)
+        weight = torch.softmax(torch.einsum("hd,khd->hk", q, k) / self.dim**0.5, dim=1)
+        attended = torch.einsum("hk,khd->hd", weight, v).flatten().to(dtype)
+        return (x.double() + self.weights.out.double() @ attended.double()).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@given(
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 3, 4, 5, 7, 70]),
+    dim=st.sampled_from([5, 16, 40, 64, 96, 128, 256]),
+    block_size=st.sampled_from([1, 5, 16, 24, 100]),
+    chunk=st.sampled_from([0, 0, 7, 70, 128]),
+    start=st.integers(0, 140),
+    rows=st.integers(1, 70),
+    single=st.integers(0, 200),
+    threads=st.integers(2, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_attends_alone_as_in_a_run(
+    dtype: torch.dtype,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    block_size: int,
+    chunk: int,
+    start: int,
+    rows: int,
+    single: int,
+    threads: int,
+) -> None:
+    """To the last bit, whatever the walk it shares, and right."""
+    attention = PagedAttention(dtype, kv_heads, group, dim, block_size, chunk, 210)
+    run = range(start, start + rows)
+    steps = {2: range(single, single + 1), 0: run, 1: range(single, min(single + 3, 210))}
+    together = attention(steps)
+    for number, result in attention(steps, threads).items():
+        assert torch.equal(result, together[number])
+    halves = [attention({0: half})[0] for half in (run[: rows // 2], run[rows // 2 :]) if half]
+    assert torch.equal(torch.cat(halves), together[0])
+    for position in {start, start + rows // 3, start + rows - 1}:
+        assert torch.equal(attention({0: range(position, position + 1)})[0][0], together[0][position - start])
+        assert_close(together[0][position - start], attention.expected(0, position), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_row_takes_nothing_from_those_behind_it(dtype: torch.dtype, group: int) -> None:
+    """Not even what is no number: of a pair of keys whose second it does not see, and of blocks that nobody wrote."""
+    attention = PagedAttention(dtype, 2, group, 64, 16, 0, 210)
+    before = attention({0: range(50, 80)})[0]
+    attention.x[0, 71:] = float("nan")
+    after = attention({0: range(50, 80)})[0]
+    assert torch.equal(after[:21], before[:21])
+    assert after[21:].isnan().all()
+    slots = torch.from_numpy(attention.tables_SM[0, 71 // 16 :].astype(np.int64))
+    for pool in attention.pool:
+        pool[slots[0], 71 % 16 :] = float("nan")
+        pool[slots[1:]] = float("nan")
+    assert torch.equal(attention({0: range(70, 71)})[0][0], before[20])
 
 
 # ---- whole models ------------------------------------------------------------------------------------------------
