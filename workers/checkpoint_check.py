@@ -55,7 +55,7 @@ def check_checkpoint(folder: Path, model: ModelConfig) -> None:
     """
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in checkpoint_files(folder):
-        for name, entry in _read_header(path).items():
+        for name, entry in read_header(path).items():
             stored[name.removeprefix(PREFIX)] = path, tuple(entry["shape"])
     for name, shape in tensor_shapes(model).items():
         if name not in stored:
@@ -87,7 +87,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """Name to description of every tensor in a safetensors file.
+
+    Raises:
+        UserError: it is missing, truncated, or none.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
