@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit check check-format check-lint check-types check-floors check-stubs check-contract \
+.PHONY: help demo demo-hosts serve test test-unit test-hosts check check-format check-lint check-types check-floors check-stubs check-contract \
         fuzz overload soak growth peers bench-router bench-kernels format stubs wheel hooks clean venv
 
 help: ## list the targets
@@ -25,7 +25,13 @@ serve: $(READY) ## a server in the foreground, until Ctrl-C (ARGS="--model DIR -
 
 test: $(READY) ## all tests that need no GPU
 	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal -m "not gpu" --durations=10 $(ARGS)
-	$(BIN)/python -m pytest tests/distributed tests/e2e -m "not gpu" --durations=15 $(ARGS)
+	$(BIN)/python -m pytest tests/distributed tests/e2e -m "not gpu and not hosts" --durations=15 $(ARGS)
+
+test-hosts: $(READY) ## starts over four hosts: ten in a row, and eight faults that each name their host (root, 10 minutes)
+	$(BIN)/python -m pytest tests/distributed tests/e2e -m hosts --durations=15 $(ARGS)
+
+demo-hosts: $(READY) ## four hosts as network namespaces, eight ranks, a prompt, a line a host (root)
+	$(BIN)/python -m tests.hosts.demo $(ARGS)
 
 test-unit: $(READY) ## only tests/unit: no Ray, no network, under a minute
 	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)

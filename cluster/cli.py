@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("no command given; see `caravan --help`")
         signal.signal(signal.SIGTERM, _on_terminate)
         # Only the chosen command's imports are paid for.
-        return int(importlib.import_module(f"cluster.{arguments.command}").run(arguments))
+        module = "dry_run" if getattr(arguments, "dry_run", False) else arguments.command
+        return int(importlib.import_module(f"cluster.{module}").run(arguments))
     except CommandError as error:
         report(error)
         return error.exit_code
@@ -58,19 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     # No defaults here: what is not given comes from the configuration file, and only then from cluster.config.
     serve.add_argument(
-        "--model", type=Path, metavar="DIR", help="folder of a Hugging Face checkpoint (default: a small model)"
+        "--model", metavar="MODEL", help="checkpoint's folder, hf://ORG/NAME[@REVISION] or URL (default: a small model)"
     )
     serve.add_argument("--model-name", metavar="NAME", help="name clients ask for (default: the folder's)")
     serve.add_argument("--ranks", type=_whole_number(1), metavar="N", help="expert-parallel ranks (default 4)")
     serve.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), help="computation type (default auto: the checkpoint's)"
-    )
-    serve.add_argument(
-        "--no-prefix-cache",
-        dest="prefix_cache",
-        action="store_false",
-        default=None,
-        help="compute again what a prompt shares with an earlier one",
     )
     serve.add_argument("--routers", type=_whole_number(1), metavar="N", help="router processes (default 1)")
     serve.add_argument("--host", help="address to answer on (default 127.0.0.1)")
@@ -78,7 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--http-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 8000)")
     serve.add_argument("--metrics-port", type=_whole_number(1, 65535), metavar="PORT", help="(default 9400)")
     serve.add_argument("--ray-address", metavar="ADDRESS", help="a running Ray to join (default: start one)")
-    serve.add_argument("--config", type=Path, metavar="FILE.toml", help="tables [serve], [engine], [router] and [gang]")
+    serve.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="tables [serve], [engine], [router], [gang], [placement] and [network]",
+    )
+    serve.add_argument("--dry-run", action="store_true", help="print which ranks go where, with what; start nothing")
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Stream a prompt's continuation.")
     generate.add_argument("prompt", metavar="PROMPT", help="text, or token ids with --token-ids")
@@ -157,19 +157,31 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw it")
 
+    fetch = commands.add_parser(
+        "fetch",
+        help="a model into this host's cache",
+        description="Fetch what serving needs of a model into this host's cache, on from where an earlier attempt was "
+        "broken off, and print its folder. `caravan serve` does the same for its --model. Tokens and endpoints of the "
+        "hub are its own: HF_TOKEN, HF_ENDPOINT.",
+    )
+    fetch.add_argument("model", metavar="MODEL", help="hf://ORG/NAME[@REVISION], or the URL of a checkpoint's folder")
+    fetch.add_argument("--dir", type=Path, metavar="DIR", help="(default ~/.cache/caravan/models)")
+    fetch.add_argument("--config", type=Path, metavar="FILE.toml", help="of [serve] what says where models are kept")
+
     cache = commands.add_parser(
         "cache",
-        help="packed weights of this host",
-        description="Show, check or remove packed weights. Ranks on CPU lay a checkpoint out once, in a file that all "
-        "ranks of the host share and later starts find again.",
+        help="packed weights and fetched models of this host",
+        description="Show, check or remove packed weights and fetched models. Ranks on CPU lay a checkpoint out once, "
+        "in a file that all ranks of the host share and later starts find again; models of the hub or a URL are "
+        "fetched once a host.",
     )
     cache.add_argument(
         "action",
         choices=("list", "verify", "clean"),
-        help="clean removes what no process uses; verify reads everything",
+        help="clean removes what no process uses, of whole models those named; verify reads everything",
     )
     cache.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names, as listed (default: all)")
-    cache.add_argument("--dir", type=Path, metavar="DIR", help="(default ~/.cache/caravan/weights)")
+    cache.add_argument("--dir", type=Path, metavar="DIR", help="(default weights and models in ~/.cache/caravan)")
     cache.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     commands.add_parser(

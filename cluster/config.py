@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cluster.errors import UsageError
-from cluster.leader import LeaderConfig
+from cluster.leader_config import LeaderConfig
+from cluster.network import NetworkConfig, PortRange, join_address
+from cluster.placement import PlacementConfig
 from router.config import RouterConfig
 from router.errors import RouterConfigError
 from workers.config import DTYPES, EngineConfig
 from workers.errors import UserError
+from workers.model_fetch import pinned
+from workers.model_source import ModelSource
 
 DEFAULT_GRPC_PORT = 9000
 DEFAULT_HTTP_PORT = 8000
@@ -24,20 +28,30 @@ DEFAULT_METRICS_PORT = 9400
 ROUTER_HIDDEN = ("model_dir", "host", "grpc_port", "http_port")
 # The same of EngineConfig.
 ENGINE_HIDDEN = ("model_dir", "dtype", "prefix_cache")
+NOT_FETCHED = Path("not fetched yet")
+"""Where a model of the hub or a URL is until `ServeConfig.at` says."""
+TABLES = ("serve", "engine", "router", "gang", "placement", "network")
 
 
 @dataclass(frozen=True)
 class ServeTable:
-    """Table [serve] of a configuration file; each key is also a flag of `caravan serve`, which wins.
+    """Table [serve] of a configuration file; a key that is a flag of `caravan serve` too yields to it.
 
     Raises:
         UserError: a value is out of its range.
     """
 
-    model: Path | None = None
-    """Folder of a Hugging Face checkpoint; without one, the model that comes with Caravan."""
+    model: ModelSource | None = None
+    """Folder of a Hugging Face checkpoint, hf://ORG/NAME[@REVISION], or the URL of a folder; without one, the model
+    that comes with Caravan."""
     model_name: str = ""
-    """Name that clients ask for; empty: the folder's."""
+    """Name that clients ask for; empty: the folder's or the repository's."""
+    offline: bool = False
+    """Request nothing outside: a model of the hub or a URL must have been fetched already."""
+    models_cache_dir: Path | None = None
+    """Folder of fetched models on every host; None: $XDG_CACHE_HOME/caravan/models, else ~/.cache/caravan/models."""
+    models_cache_bytes: int = 0
+    """Bytes of all fetched models of a host together; 0: half of the file system that folder lies on."""
     ranks: int = 4
     """Expert-parallel ranks of the gang."""
     routers: int = 1
@@ -58,6 +72,8 @@ class ServeTable:
         for name in ("ranks", "routers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.models_cache_bytes < 0:
+            raise UserError(f"models_cache_bytes: must not be negative, got {self.models_cache_bytes}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         for name in ("grpc_port", "http_port", "metrics_port"):
@@ -74,12 +90,45 @@ class ServeTable:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A deployment: one gang behind its routers."""
+    """A deployment: one gang behind its routers.
 
+    Raises:
+        UserError: two of its tables do not go together.
+    """
+
+    source: ModelSource
+    """What is served."""
     serve: ServeTable
     engine: EngineConfig
     router: RouterConfig
     leader: LeaderConfig
+    placement: PlacementConfig
+    network: NetworkConfig
+
+    def __post_init__(self) -> None:
+        serve, placement, network = self.serve, self.placement, self.network
+        if placement.hosts > serve.ranks:
+            raise UserError(f"hosts: {placement.hosts} are more than the {serve.ranks} ranks; each takes at least one")
+        ports = {"gRPC": serve.grpc_port, "HTTP": serve.http_port, "metrics": serve.metrics_port}
+        network.check_apart(ports)
+        if not serve.ray_address:
+            for name, is_asked in (("hosts", placement.hosts > 1), ("interface", bool(network.interface))):
+                if is_asked:
+                    raise UserError(
+                        f"{name}: without ray_address, all ranks are on this host; start Ray on every host "
+                        "(`ray start`) and give --ray-address"
+                    )
+            network.check_room(serve.ranks, "this host")
+
+    def at(self, folder: Path) -> "ServeConfig":
+        """The same with the model in a local folder, where it has been fetched to, and named by that very version: so
+        other hosts fetch the same."""
+        return dataclasses.replace(
+            self,
+            source=pinned(self.source, folder),
+            engine=dataclasses.replace(self.engine, model_dir=folder),
+            router=dataclasses.replace(self.router, model_dir=folder),
+        )
 
     @property
     def grpc_address(self) -> str:
@@ -97,17 +146,12 @@ class ServeConfig:
         return join_address(self.serve.host, self.serve.metrics_port)
 
 
-def join_address(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path | None = None) -> ServeConfig:
     """Compose a deployment's configuration.
 
     Args:
         flags: values of [serve] keys the user gave on the command line; None where they gave none.
-        file: a TOML file with tables [serve], [engine], [router] and [gang], or None.
+        file: a TOML file with tables [serve], [engine], [router], [gang], [placement] and [network], or None.
         default_model: served where neither names a model; None: that is an error.
 
     Raises:
@@ -118,32 +162,53 @@ def load_config(flags: Mapping[str, Any], file: Path | None, default_model: Path
     try:
         given = {key: value for key, value in flags.items() if value is not None}
         from_file = _values(ServeTable, tables.get("serve", {}), f"{file}, [serve]", hidden=())
-        if file is not None and isinstance(from_file.get("model"), Path):
-            from_file["model"] = _beside(file, from_file["model"])
+        if file is not None:
+            from_file |= _beside_file(file, from_file)
+        if "model" in given:
+            given["model"] = ModelSource.parse(str(given["model"]))
         serve = ServeTable(**{**from_file, **given})
-        model = serve.model or default_model
-        if model is None:
+        source = serve.model or (ModelSource.of(default_model) if default_model is not None else None)
+        if source is None:
             raise UsageError("model: none given; name a checkpoint's folder with --model")
-        model = model.expanduser().absolute()
+        if source.is_local:
+            # Told to other processes, which may stand elsewhere.
+            source = ModelSource.of(source.path)
+        model = source.path if source.is_local else NOT_FETCHED
+        names = {} if source.is_local else {"model_name": source.name}
         engine = _values(EngineConfig, tables.get("engine", {}), f"{file}, [engine]", hidden=ENGINE_HIDDEN)
         if file is not None and isinstance(engine.get("weights_cache_dir"), Path):
             engine["weights_cache_dir"] = _beside(file, engine["weights_cache_dir"])
         router = _values(RouterConfig, tables.get("router", {}), f"{file}, [router]", hidden=ROUTER_HIDDEN)
         leader = _values(LeaderConfig, tables.get("gang", {}), f"{file}, [gang]", hidden=())
+        placement = _values(PlacementConfig, tables.get("placement", {}), f"{file}, [placement]", hidden=())
+        network = _values(NetworkConfig, tables.get("network", {}), f"{file}, [network]", hidden=())
         return ServeConfig(
-            serve=dataclasses.replace(serve, model=model),
+            source=source,
+            serve=serve,
             engine=EngineConfig(model_dir=model, dtype=serve.dtype, prefix_cache=serve.prefix_cache, **engine),
             router=RouterConfig(
                 model_dir=model,
                 host=join_address(serve.host, 0).removesuffix(":0"),
                 grpc_port=serve.grpc_port,
                 http_port=serve.http_port,
-                **router | ({"model_name": serve.model_name} if serve.model_name else {}),
+                **names | router | ({"model_name": serve.model_name} if serve.model_name else {}),
             ),
             leader=LeaderConfig(**leader),
+            placement=PlacementConfig(**placement),
+            network=NetworkConfig(**network),
         )
     except (UserError, RouterConfigError) as error:
         raise UsageError(f"{error} (in {where})" if file is not None else str(error)) from None
+
+
+def _beside_file(file: Path, serve: dict[str, Any]) -> dict[str, Any]:
+    """Paths of table [serve]."""
+    found: dict[str, Any] = {}
+    if isinstance(source := serve.get("model"), ModelSource) and source.is_local:
+        found["model"] = ModelSource.of(_beside(file, Path(source.location)))
+    if isinstance(folder := serve.get("models_cache_dir"), Path):
+        found["models_cache_dir"] = _beside(file, folder)
+    return found
 
 
 def _beside(file: Path, path: Path) -> Path:
@@ -162,8 +227,8 @@ def _read_tables(file: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file}: is not valid TOML: {error}") from None
     for name, table in tables.items():
-        if name not in ("serve", "engine", "router", "gang"):
-            raise UsageError(_unknown(name, "table", str(file), ("serve", "engine", "router", "gang")))
+        if name not in TABLES:
+            raise UsageError(_unknown(name, "table", str(file), TABLES))
         if not isinstance(table, dict):
             raise UsageError(f"{file}: {name} must be a table, written [{name}]")
     return tables
@@ -190,10 +255,17 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         kind = next(option for option in get_args(kind) if option is not type(None))
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if kind in (PortRange, ModelSource) and isinstance(value, str):
+        try:
+            return kind.parse(value)
+        except UserError as error:
+            raise UsageError(f"{where}: {str(error).removeprefix('model: ')}") from None
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         named = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Path: "a string"}
+        named[ModelSource] = "a string"
+        named[PortRange] = 'a string such as "20000-20099"'
         raise UsageError(f"{where} must be {named.get(kind, kind.__name__)}, got {value!r}")
     return value
 

@@ -9,25 +9,29 @@ import ray
 from ray import serve
 
 from cluster.config import ServeConfig
+from cluster.default_model import default_model_dir
 from cluster.errors import ServerError, UsageError, one_sentence
 from cluster.gang import DEPLOYMENT, GangConfig, build_gang
+from cluster.host import WantedModel
 from cluster.metrics_endpoint import ENVIRONMENT_VARIABLE
-from cluster.ray_launcher import remove_leftovers
+from cluster.ray_launcher import own_host, remove_leftovers
 from cluster.ray_runtime import SERVE_ENVIRONMENT, within
 from router.app import build_router
 
 APPLICATION = "caravan"
+ROUTER_CPUS = 0.1
 
 
 class Deployment:
     """The application on Ray, from `start` to `remove`.
 
     Args:
-        metrics_folder: where routers and ranks write their metrics.
+        metrics_folder: where routers and ranks write their metrics, on every host.
     """
 
     def __init__(self, config: ServeConfig, metrics_folder: Path) -> None:
         self._config = config
+        self._metrics_folder = metrics_folder
         # Processes of a Ray of our own have all this from the start; see RayRuntime.start.
         is_own = not config.serve.ray_address
         self._serve_env = {} if is_own else SERVE_ENVIRONMENT
@@ -47,6 +51,8 @@ class Deployment:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._check_vacant()
         config = self._config
+        is_joined = bool(config.serve.ray_address)
+        here = own_host() if is_joined else ""
         try:
             # Routers have doors of their own: nothing comes in through Serve.
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
@@ -56,12 +62,25 @@ class Deployment:
                     config.engine,
                     config.leader,
                     rank_env=self._measured_env,
-                    host="" if config.serve.ray_address else "127.0.0.1",
+                    host="" if is_joined else "127.0.0.1",
+                    model=_wanted(config),
+                    placement=config.placement,
+                    network=config.network,
+                    metrics_folder=self._metrics_folder,
+                    metrics_port=config.serve.metrics_port,
+                    served_from=here,
                 ),
                 self._serve_env,
             )
             router = build_router(
-                config.router, [gang], num_replicas=config.serve.routers, env=self._serve_env | self._measured_env
+                config.router,
+                [gang],
+                # What is free on a Ray with hosts of its own is for ranks.
+                num_cpus=0 if is_joined else ROUTER_CPUS,
+                num_replicas=config.serve.routers,
+                env=self._serve_env | self._measured_env,
+                # Where clients were told to come.
+                host=here,
             )
             self._started_application = True
             serve.run(router, name=APPLICATION, route_prefix=None)
@@ -96,6 +115,12 @@ class Deployment:
                 f"ray-address: the Ray at {self._config.serve.ray_address} serves a Caravan already; end that with "
                 "`caravan down`, or join another Ray"
             )
+
+
+def _wanted(config: ServeConfig) -> WantedModel:
+    source = "" if config.engine.model_dir == default_model_dir() else str(config.source)
+    serve = config.serve
+    return WantedModel(source, serve.offline, serve.models_cache_dir, serve.models_cache_bytes)
 
 
 def _replica_error() -> str:

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from cluster.stages import Stage, place
 from protos import gang_pb2
 
 
@@ -65,12 +66,8 @@ class LoadingDisplay:
         self._epoch = view.epoch
         if view.state == "ready":
             self.stage(f"{len(view.ranks)} ranks are ready; they read {read / 1e6:.1f} MB of weights")
-        elif packing:
-            self.stage(f"packing {packing / 1e6:.1f} MB of weights, once for all starts with this checkpoint")
-        elif any(rank.state in ("loading", "ready") for rank in view.ranks):
-            self.stage("loading weights")
-        elif all(rank.state == "starting" for rank in view.ranks):
-            self.stage(f"starting {len(view.ranks)} ranks")
+        elif text := _doing(view, packing):
+            self.stage(f"{place(view.stage)} {text}")
 
     def note(self, text: str) -> None:
         """Something a person should know, that stays on the terminal; said once."""
@@ -82,3 +79,23 @@ class LoadingDisplay:
     def close(self) -> None:
         """The bars go away; what comes after has the terminal to itself. Closing twice is fine."""
         self._progress.stop()
+
+
+def _doing(view: gang_pb2.GangView, packing: int) -> str:
+    """What is being done in a stage of a gang's start."""
+    fetching = sum(host.bytes_to_fetch - host.bytes_fetched for host in view.hosts)
+    texts = {
+        Stage.HOSTS_JOINED: f"looking for hosts with room for {len(view.ranks)} ranks",
+        Stage.HOSTS_CHECKED: "starting an agent on every host",
+        Stage.NETWORK: f"trying every port between {len(view.hosts)} hosts",
+        Stage.CHECKPOINT: f"fetching {fetching / 1e6:.0f} MB to hosts"
+        if fetching
+        else "looking at every host's checkpoint",
+        Stage.RANKS_PLACED: f"starting {len(view.ranks)} ranks",
+        Stage.WEIGHTS: "loading weights",
+        Stage.GROUP: "connecting every rank with every other",
+        Stage.FIRST_EXCHANGE: "exchanging the first rows",
+    }
+    if packing and view.stage == Stage.WEIGHTS:
+        return f"packing {packing / 1e6:.1f} MB of weights, once for all starts with this checkpoint"
+    return texts[Stage(view.stage)] if view.stage else ""

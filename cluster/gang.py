@@ -6,14 +6,22 @@ import importlib
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 
-from cluster.leader import Leader, LeaderConfig, Store
-from cluster.ray_launcher import RayLauncher, own_host, remove_leftovers
+from cluster.host import HostSpec, WantedModel
+from cluster.leader import Leader, Store
+from cluster.leader_config import LeaderConfig
+from cluster.network import NetworkConfig, PortRange, address_of
+from cluster.placement import PlacementConfig, PlacementRequest, gpus_per_rank
+from cluster.ray_hosts import HEAD_RESOURCE, joined_hosts
+from cluster.ray_launcher import PREFIX, RayLauncher, own_host, remove_leftovers
+from cluster.ray_room import RayRoom
+from cluster.ray_runtime import NAMESPACE
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 
@@ -31,7 +39,17 @@ class GangConfig:
     rank_env: Mapping[str, str]
     """Environment of every rank's process beside the inherited one."""
     host: str = ""
-    """Address of leader and ranks, where all of Ray is on one host; empty: Ray's own addresses of its hosts."""
+    """Address of leader and ranks, where all of Ray is on one host and ours; empty: it has hosts of its own."""
+    model: WantedModel = field(default_factory=WantedModel)
+    """What every host must have."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    metrics_folder: Path = Path()
+    """Of every host's ranks."""
+    metrics_port: int = 0
+    """Where the agents of other hosts serve them."""
+    served_from: str = ""
+    """Ray's address of the host that `caravan serve` runs on, which serves its own metrics."""
 
 
 class Gang:
@@ -40,20 +58,31 @@ class Gang:
     def __init__(self, config: GangConfig) -> None:
         remove_leftovers()
         gang_id = f"gang-{secrets.token_hex(3)}"
-        engine, gpus_per_rank = _devices(config.engine, config.num_ranks)
-        self._launcher = RayLauncher(gang_id, config.rank_env, gpus_per_rank, config.host)
+        gpus = gpus_per_rank(config.engine.device, config.num_ranks, joined_hosts())
+        engine = _on_devices(config.engine, gpus)
+        request = PlacementRequest.of(config.num_ranks, config.placement, gpus=gpus)
+        room = None
+        if not config.host:
+
+            def spec(address: str) -> HostSpec:
+                port = 0 if address == config.served_from else config.metrics_port
+                return HostSpec(address, config.network, config.metrics_folder, port, config.model)
+
+            room = RayRoom(f"{PREFIX}{gang_id}", NAMESPACE, request, spec, config.leader.hosts_timeout_s)
+        self._launcher = RayLauncher(gang_id, config.rank_env, request, room, config.host)
         self._leader = Leader(
             gang_id,
-            config.host or own_host(),
+            config.host or _own_address(config.network),
             config.num_ranks,
             ModelConfig.from_folder(engine.model_dir),
             engine,
             config.leader,
             self._launcher,
-            _open_store,
+            partial(_open_store, ports=config.network.store_ports),
+            config.network,
         )
         self._start = asyncio.get_running_loop().create_task(self._leader.start())
-        if config.num_ranks > 1:
+        if config.num_ranks > 1 and engine.needs_store:
             # Their store needs torch, whose import takes seconds, in which ranks start.
             threading.Thread(target=importlib.import_module, args=(STORE_MODULE,), daemon=True).start()
 
@@ -77,11 +106,13 @@ class Gang:
 
 def build_gang(config: GangConfig, env: Mapping[str, str]) -> Any:
     """The deployment, bound; `env` is the replica's environment beside the inherited one."""
+    # Where Serve's controller is too: without Ray's head neither a rank nor a leader could be started anew.
+    place = {} if config.host else {"resources": {HEAD_RESOURCE: 0.001}}
     deployment: Any = serve.deployment(
         Gang,
         name=DEPLOYMENT,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0} | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
+        ray_actor_options={"num_cpus": 0} | place | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=6,
         health_check_period_s=2,
@@ -89,16 +120,16 @@ def build_gang(config: GangConfig, env: Mapping[str, str]) -> Any:
     return deployment.bind(config)
 
 
-def _open_store(host: str) -> Store:
-    store: Store = importlib.import_module(STORE_MODULE).RendezvousStore(host)
+def _own_address(network: NetworkConfig) -> str:
+    """By which the gang's ranks reach this host."""
+    return address_of(network.interface) if network.interface else own_host()
+
+
+def _open_store(host: str, ports: PortRange | None) -> Store:
+    store: Store = importlib.import_module(STORE_MODULE).RendezvousStore(host, ports)
     return store
 
 
-def _devices(engine: EngineConfig, num_ranks: int) -> tuple[EngineConfig, int]:
-    """A GPU a rank where the cluster has that many, else none for anybody."""
-    if engine.device == "cpu":
-        return engine, 0
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if engine.device == "cuda" or resources.get("GPU", 0) >= num_ranks:
-        return replace(engine, device="cuda"), 1
-    return replace(engine, device="cpu"), 0
+def _on_devices(engine: EngineConfig, gpus: float) -> EngineConfig:
+    """With its device decided: a GPU a rank, or none for anybody."""
+    return replace(engine, device="cuda" if gpus else "cpu")

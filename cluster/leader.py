@@ -2,7 +2,7 @@
 
 Knows no Ray: processes come from a `Launcher`. One life of a gang is
 
-    launch → every rank joined → epoch with its rendezvous store and expert maps → every rank ready → a rank is lost
+    hosts ready → ranks launched and joined → epoch with its rendezvous store and expert maps → all ready → one is lost
 
 A gang that lost a rank is fenced as a whole and starts over with the next epoch and new incarnations, a bounded number
 of times; where the user's input is at fault it fails for good at once.
@@ -13,14 +13,20 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn, Protocol
 
 from cluster.errors import one_sentence
+from cluster.gang_hosts import GangHosts
+from cluster.host import Host
+from cluster.launcher import Launcher
+from cluster.leader_config import LeaderConfig
 from cluster.leader_service import LeaderService
 from cluster.membership import FAILED, READY, STARTING, Loss, Member, Membership
-from cluster.placement import first_expert_map, ranks_on_same_host
+from cluster.network import NetworkConfig
+from cluster.placement import NoRoomError, first_expert_map, ranks_on_same_host
+from cluster.stages import Stage
 from protos import gang_pb2
 from workers.config import EngineConfig, RankConfig
 from workers.errors import UserError
@@ -29,51 +35,7 @@ from workers.model_config import ModelConfig
 
 logger = logging.getLogger("caravan.leader")
 
-
-@dataclass(frozen=True)
-class LeaderConfig:
-    """Bounds of what a leader waits for, all in seconds, and how often it starts over."""
-
-    join_timeout_s: float = 120.0
-    """From a launch until every rank has joined: process start and imports."""
-    load_stall_timeout_s: float = 300.0
-    """From the last byte any rank read or packed until every rank is ready."""
-    fence_timeout_s: float = 10.0
-    """Until a killed rank's process must be gone."""
-    stop_timeout_s: float = 2.0
-    """Ranks asked to stop have this long before they are killed."""
-    restarts: int = 3
-    """Starts after the first within `restart_window_s`; past them the gang has failed for good."""
-    restart_window_s: float = 300.0
-    restart_delay_s: float = 0.5
-    """Between a fence and the next launch."""
-
-    def __post_init__(self) -> None:
-        for name in ("join_timeout_s", "load_stall_timeout_s", "fence_timeout_s", "stop_timeout_s", "restart_window_s"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}: must be positive, got {getattr(self, name)}")
-        if self.restarts < 0 or self.restart_delay_s < 0:
-            raise UserError("restarts and restart_delay_s: must not be negative")
-
-
-class Launcher(Protocol):
-    """Starts and ends the processes of ranks."""
-
-    async def place(self, num_ranks: int) -> Sequence[str]:
-        """Reserve room for every rank and return their hosts' addresses; asked again, the room already reserved.
-
-        Raises:
-            RuntimeError: no room, in one sentence.
-        """
-
-    async def launch(self, config: RankConfig) -> None:
-        """Start one incarnation of one rank."""
-
-    async def ended(self, rank: int, incarnation: int) -> Loss:
-        """Returns once the process of this launched incarnation has ended, with the reason."""
-
-    async def kill(self, rank: int, incarnation: int) -> None:
-        """Returns once this incarnation is certain not to act any more. One that is gone already is fine."""
+ANY_PORTS = NetworkConfig()
 
 
 class Store(Protocol):
@@ -100,6 +62,7 @@ class Leader:
         gang_id: unique among all gangs that ever lived, so that nothing of another one can be taken for this one's.
         host: address on which the leader's gRPC server and the rendezvous stores listen.
         open_store: makes a rendezvous store on a host; called in a thread, once an epoch.
+        network: ports of the leader and the ranks.
     """
 
     def __init__(
@@ -112,6 +75,7 @@ class Leader:
         config: LeaderConfig,
         launcher: Launcher,
         open_store: Callable[[str], Store],
+        network: NetworkConfig = ANY_PORTS,
     ) -> None:
         self._host = host
         self._num_ranks = num_ranks
@@ -120,8 +84,12 @@ class Leader:
         self._config = config
         self._launcher = launcher
         self._open_store = open_store
+        self._network = network
         self._store: Store | None = None
-        self.membership = Membership(gang_id)
+        self.membership = membership = Membership(gang_id)
+        self._hosts = GangHosts(config, membership.enter, membership.notify, self._on_host_gone)
+        membership.host_views = self._hosts.views
+        self._was_ready = False
         self._service = LeaderService(self.membership)
         self._expert_map: ExpertMap | None = None
         self._watchers: dict[tuple[int, int], asyncio.Task[None]] = {}
@@ -135,7 +103,7 @@ class Leader:
             UserError: more ranks than experts.
         """
         self._expert_map = first_expert_map(self._model, range(self._num_ranks))
-        self.address = await self._service.start(self._host)
+        self.address = await self._service.start(self._host, self._network.leader_port)
         self._task = asyncio.create_task(self._lead(), name="leader")
         return self.address
 
@@ -152,6 +120,7 @@ class Leader:
         try:
             await self._fence()
         finally:
+            await self._hosts.stop_watching()
             await self._service.stop()
 
     async def _lead(self) -> None:
@@ -168,7 +137,8 @@ class Leader:
                 losses.append(now)
                 while now - losses[0] > self._config.restart_window_s:
                     losses.popleft()
-                if loss.is_user_error or len(losses) > self._config.restarts:
+                if loss.is_final or loss.is_user_error or len(losses) > self._config.restarts:
+                    await self._hosts.stop_watching()
                     self.membership.settle(FAILED, loss.message, loss.is_user_error)
                     return
                 await asyncio.sleep(self._config.restart_delay_s)
@@ -182,6 +152,7 @@ class Leader:
         try:
             await self._form()
             self.membership.settle(READY)
+            self._was_ready = True
             return await self._first_loss()
         except _GangLostError as lost:
             return lost.loss
@@ -196,13 +167,19 @@ class Leader:
             member.experts = self._expert_map.most_experts(rank)
         await self._launch_all()
         await self._until(lambda member: member.joined is not None, config.join_timeout_s, "joined the gang")
-        if self._num_ranks > 1:
+        if self._num_ranks > 1 and self._engine.needs_store:
             self._store = await asyncio.to_thread(self._open_store, self._host)
         command = gang_pb2.LeaderCommand(
             epoch=gang_pb2.Epoch(
                 epoch=epoch,
                 members=[
-                    gang_pb2.Member(rank=rank, incarnation=member.incarnation, address=member.joined.address)
+                    gang_pb2.Member(
+                        rank=rank,
+                        incarnation=member.incarnation,
+                        address=member.joined.address,
+                        host=member.joined.host,
+                        exchange_address=member.joined.exchange_address,
+                    )
                     for rank, member in sorted(membership.members.items())
                     if member.joined is not None
                 ],
@@ -212,24 +189,47 @@ class Leader:
         )
         for member in membership.members.values():
             member.commands.put_nowait(command)
-        await self._until(lambda member: member.ready is not None, config.load_stall_timeout_s, "loaded its weights")
+        membership.enter(Stage.WEIGHTS)
+        await self._until(
+            lambda member: member.is_at(gang_pb2.Progress.STAGE_GROUP),
+            config.load_stall_timeout_s,
+            "loaded its weights",
+        )
+        membership.enter(Stage.GROUP)
+        await self._until(
+            lambda member: member.is_at(gang_pb2.Progress.STAGE_FIRST_EXCHANGE),
+            config.group_timeout_s,
+            "connected with the other ranks",
+        )
+        membership.enter(Stage.FIRST_EXCHANGE)
+        await self._until(
+            lambda member: member.ready is not None, config.first_exchange_timeout_s, "done its first exchange"
+        )
 
     async def _launch_all(self) -> None:
         try:
-            hosts = await self._launcher.place(self._num_ranks)
-            on_host = ranks_on_same_host(hosts)
+            self.membership.enter(Stage.HOSTS_JOINED)
+            placed = await self._launcher.place(self._num_ranks)
+            addresses = await self._hosts.prepare(placed, self.address)
+            self.membership.enter(Stage.RANKS_PLACED)
+            on_host = ranks_on_same_host(addresses)
             await asyncio.gather(
                 *(
-                    self._launch(member, hosts[rank], on_host[rank])
+                    self._launch(member, addresses[rank], on_host[rank])
                     for rank, member in sorted(self.membership.members.items())
                 )
             )
+        except NoRoomError as error:
+            # Room that was there and is not any more may come back; room that never was has been waited for.
+            raise _GangLostError(Loss(str(error), is_final=not self._was_ready)) from None
         except UserError as error:
             raise _GangLostError(Loss(str(error), is_user_error=True)) from None
         except (RuntimeError, OSError, TimeoutError) as error:
             raise _GangLostError(Loss(f"the ranks could not be started: {one_sentence(error)}")) from error
 
     async def _launch(self, member: Member, host: str, ranks_on_host: int) -> None:
+        member.host = self._hosts.name(host)
+        model_dir = self._hosts.model_dir(host)
         await self._launcher.launch(
             RankConfig(
                 gang_id=self.membership.gang_id,
@@ -238,11 +238,19 @@ class Leader:
                 leader_address=self.address,
                 host=host,
                 ranks_on_host=ranks_on_host,
-                engine=self._engine,
+                rank_ports=self._network.rank_ports,
+                exchange_ports=self._network.exchange_ports,
+                engine=replace(self._engine, model_dir=model_dir) if model_dir is not None else self._engine,
             )
         )
         key = member.rank, member.incarnation
         self._watchers[key] = asyncio.create_task(self._watch_process(*key))
+
+    def _on_host_gone(self, host: Host, message: str) -> None:
+        self._launcher.shun(host.ray_address)
+        for member in self.membership.members.values():
+            if member.host == host.name:
+                self.membership.record_loss(member.rank, member.incarnation, Loss(message, is_told=True))
 
     async def _watch_process(self, rank: int, incarnation: int) -> None:
         try:
@@ -263,9 +271,8 @@ class Leader:
             if (progress := self._bytes_read()) > bytes_read:
                 bytes_read, deadline = progress, time.monotonic() + bound_s
             if time.monotonic() > deadline:
-                ranks = ", ".join(map(str, lacking))
-                raise _GangLostError(Loss(f"rank {ranks} has not {what} within {bound_s:g} s"))
-            membership.detail = f"waiting until rank {', '.join(map(str, lacking))} has {what}"
+                raise _GangLostError(Loss(f"{membership.named(lacking)} has not {what} within {bound_s:g} s"))
+            membership.detail = f"waiting until {membership.named(lacking)} has {what}"
             version = await membership.changed_since(version, timeout_s=min(0.5, bound_s))
         if membership.losses():
             await self._give_up()

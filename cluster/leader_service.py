@@ -7,6 +7,7 @@ import grpc
 
 from cluster.membership import STARTING, Loss, Member, Membership
 from protos import gang_pb2, gang_pb2_grpc
+from workers.ports import PortRange, join_address, serve_on
 
 Context = grpc.aio.ServicerContext[gang_pb2.RankReport, gang_pb2.LeaderCommand]
 
@@ -27,13 +28,21 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
         self._membership = membership
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str) -> str:
-        """Listen on a port of `host` that the system chooses; returns HOST:PORT."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        gang_pb2_grpc.add_LeaderServicer_to_server(self, self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
-        await self._server.start()
-        return f"{host}:{port}"
+    async def start(self, host: str, port: int = 0) -> str:
+        """Listen on a port of `host`, 0: one that the system chooses; returns HOST:PORT.
+
+        Raises:
+            UserError: the port is taken.
+        """
+        self._server = server = grpc.aio.server(options=SERVER_OPTIONS)
+        gang_pb2_grpc.add_LeaderServicer_to_server(self, server)
+
+        def bind(port: int) -> int:
+            return int(server.add_insecure_port(join_address(host, port)))
+
+        port = serve_on(PortRange(port, port) if port else None, host, "leader_port", bind)
+        await server.start()
+        return join_address(host, port)
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -89,6 +98,10 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
                     is_first = member.loading is None
                     member.loading = report.loading
                     if is_first:
+                        self._membership.notify()
+                case "progress":
+                    if report.progress.epoch == self._membership.epoch:
+                        member.progress = report.progress
                         self._membership.notify()
                 case "load":
                     member.load = report.load

@@ -17,6 +17,8 @@ class Loss:
     """One sentence."""
     is_user_error: bool = False
     """The user's input is at fault: starting again would not help."""
+    is_final: bool = False
+    """Starting again would not help, though the user's input is not at fault."""
     is_told: bool = False
     """The rank said so itself; else its process or its lifeline ended without a word."""
 
@@ -29,6 +31,7 @@ class Member:
     incarnation: int
     joined: gang_pb2.Joined | None = None
     loading: gang_pb2.Loading | None = None
+    progress: gang_pb2.Progress | None = None
     ready: gang_pb2.EpochReady | None = None
     load: gang_pb2.RankLoad | None = None
     loss: Loss | None = None
@@ -36,6 +39,8 @@ class Member:
     """`Membership.version` when it was lost."""
     experts: int = 0
     """Most logical experts of one MoE layer with a replica here."""
+    host: str = ""
+    """As a person calls it; empty before it is known where the rank goes."""
     commands: asyncio.Queue[gang_pb2.LeaderCommand] = field(default_factory=asyncio.Queue)
     """What its lifeline is still to carry down."""
 
@@ -46,6 +51,10 @@ class Member:
         if self.ready is not None:
             return READY
         return LOADING if self.loading is not None else STARTING
+
+    def is_at(self, stage: "gang_pb2.Progress.Stage.ValueType") -> bool:
+        """Has it come as far as that in this epoch, or further?"""
+        return self.ready is not None or (self.progress is not None and self.progress.stage >= stage)
 
     def view(self) -> gang_pb2.RankView:
         joined = self.joined or gang_pb2.Joined()
@@ -72,11 +81,15 @@ class Membership:
         self.gang_id = gang_id
         self.epoch = 0
         self.state = STARTING
+        self.stage = ""
+        """Of the start, while `state` is "starting"."""
         self.detail = ""
         self.is_user_error = False
         self.version = 0
         """Grows with every change of state; mere numbers (load, bytes read) change without it."""
         self.members: dict[int, Member] = {}
+        self.host_views: Callable[[], list[gang_pb2.HostView]] = list
+        """Of the gang's hosts, now."""
         self._changed = asyncio.Event()
 
     def begin(self, epoch: int, incarnations: dict[int, int]) -> None:
@@ -84,7 +97,7 @@ class Membership:
         if epoch <= self.epoch:
             raise ValueError(f"epochs only grow: {epoch} after {self.epoch}")
         self.epoch = epoch
-        self.state, self.detail = STARTING, ""
+        self.state, self.stage, self.detail = STARTING, "", ""
         self.members = {rank: Member(rank, incarnation) for rank, incarnation in incarnations.items()}
         self.notify()
 
@@ -109,6 +122,20 @@ class Membership:
     def lacking(self, has: Callable[[Member], bool]) -> list[int]:
         """Ranks of which `has` is not true yet."""
         return [rank for rank, member in sorted(self.members.items()) if not has(member)]
+
+    def named(self, ranks: list[int]) -> str:
+        """Ranks as a person calls them, with their hosts where those have names."""
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(self.members[rank].host, []).append(rank)
+        if len({member.host for member in self.members.values()}) < 2:
+            return f"rank {', '.join(map(str, ranks))}"
+        return ", ".join(f"rank {', '.join(map(str, found))} on host {host}" for host, found in by_host.items())
+
+    def enter(self, stage: str) -> None:
+        """A stage of the start begins."""
+        self.stage, self.detail = stage, ""
+        self.notify()
 
     def settle(self, state: str, detail: str = "", is_user_error: bool = False) -> None:
         """The gang's own state, and why."""
@@ -142,4 +169,6 @@ class Membership:
             max_model_len=min(report.max_model_len for report in ready) if is_ready else 0,
             dtype=ready[0].dtype if is_ready else "",
             is_user_error=self.is_user_error,
+            stage=self.stage if self.state == STARTING else "",
+            hosts=self.host_views(),
         )

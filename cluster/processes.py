@@ -8,6 +8,8 @@ import time
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
+# Ray names an actor's process after its class.
+_RANK = "RankActor"
 
 
 def adopt_orphans() -> None:
@@ -43,6 +45,20 @@ def end_descendants(grace_s: float, bound_s: float) -> list[int]:
                 process.kill()
         psutil.wait_procs(left, timeout=0.5)
     return [process.pid for process in left]
+
+
+def end_rank(pid: int, bound_s: float = 5.0) -> bool:
+    """SIGKILL a rank's process on this host; True once it is gone. A number that another process took since is none."""
+    try:
+        process = psutil.Process(pid)
+        if pid and _RANK in " ".join(process.cmdline()):
+            process.kill()
+            process.wait(bound_s)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        return False
+    return True
 
 
 def _is_alive(process: psutil.Process) -> bool:

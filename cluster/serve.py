@@ -25,6 +25,7 @@ from cluster.config import ServeConfig, load_config
 from cluster.default_model import default_model_dir
 from cluster.display import LoadingDisplay
 from cluster.errors import CommandError, ExitCode, ServerError, UsageError, one_sentence, report
+from cluster.fetch import fetch_model, keep_model
 from cluster.metrics_endpoint import ENVIRONMENT_VARIABLE, MetricsEndpoint
 from cluster.placement import check_ranks
 from cluster.ports import check_listens, check_port
@@ -47,7 +48,6 @@ SERVE_FLAGS = (
     "ranks",
     "routers",
     "dtype",
-    "prefix_cache",
     "host",
     "grpc_port",
     "http_port",
@@ -83,6 +83,10 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         arguments.config,
         default_model_dir(),
     )
+    # Before what may take hours.
+    check_ports(config)
+    config = config.at(fetch_model(config, Console(stderr=True)))
+    model_lock = keep_model(config.engine.model_dir)
     check(config)
     runtime = RayRuntime(config.serve.ray_address, config.serve.ranks + config.serve.routers + OTHER_ACTORS)
     stdout, stderr = divert_output(runtime.folder / "output.log")
@@ -95,6 +99,8 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     with contextlib.suppress(BrokenPipeError):
         stdout.flush()
         stderr.flush()
+    if model_lock is not None:
+        model_lock.close()
     # Threads of Ray and gRPC may still be about, though no process of theirs: they have no say in how this one ends.
     os._exit(code)
 
@@ -113,6 +119,15 @@ def check(config: ServeConfig) -> None:
         check_checkpoint(folder, model)
     except (UserError, RouterConfigError) as error:
         raise UsageError(str(error)) from None
+    check_ports(config)
+
+
+def check_ports(config: ServeConfig) -> None:
+    """Of `check` what needs no model.
+
+    Raises:
+        UsageError: a port is in use, or no Ray listens where one should.
+    """
     for other in running_servers():
         if other.answers_at(config.grpc_address):
             raise UsageError(

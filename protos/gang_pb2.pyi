@@ -63,20 +63,25 @@ class Hello(_message.Message):
     ROUTER_ID_FIELD_NUMBER: _builtins.int
     GANG_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     """Unique among all routers that ever lived."""
     gang_id: _builtins.str
     epoch: _builtins.int
+    """That the router knows; the rank may be in a later one."""
+    incarnation: _builtins.int
+    """The incarnation that the router means to reach; another one refuses. 0: any."""
     def __init__(
         self,
         *,
         router_id: _builtins.str = ...,
         gang_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gang_id", b"gang_id", "router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gang_id", b"gang_id", "incarnation", b"incarnation", "router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -156,9 +161,9 @@ class Submit(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
-    """The router's number for the stream, never used twice by it."""
+    """The router's number for the submission, never used twice by it: a stream that is replayed gets a new one."""
     epoch: _builtins.int
-    """Epoch the router believes in; a rank in another one refuses with FINISH_REASON_ERROR."""
+    """Epoch the router believes in; a rank in another one refuses with FINISH_REASON_ERROR and `resubmit`."""
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     sibling: _builtins.int
@@ -172,7 +177,9 @@ class Submit(_message.Message):
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def output_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens generated before, when a stream is replayed. They count towards max_tokens and penalties."""
+        """Tokens generated before, when a stream is replayed. They count towards max_tokens, min_tokens and penalties, and
+        with them the prompt's log-probabilities have been sent.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
@@ -312,6 +319,7 @@ class SequenceOutput(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    RESUBMIT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when this is the sequence's last."""
@@ -319,6 +327,10 @@ class SequenceOutput(_message.Message):
     """With FINISH_REASON_ERROR: one sentence."""
     cached_tokens: _builtins.int
     """With the first token: of the prompt's tokens, those that the prefix cache had."""
+    resubmit: _builtins.bool
+    """With FINISH_REASON_ERROR or _ABORT: nothing is wrong with the sequence, but this rank does not go on with it. The
+    router submits it again, here or elsewhere.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -337,10 +349,11 @@ class SequenceOutput(_message.Message):
         detail: _builtins.str = ...,
         prompt_logprobs: _abc.Iterable[_inference_pb2.PositionLogprobs] | None = ...,
         cached_tokens: _builtins.int = ...,
+        resubmit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "detail", b"detail", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "detail", b"detail", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "resubmit", b"resubmit", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

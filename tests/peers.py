@@ -9,11 +9,11 @@ each, bfloat16, prefix cache off:
     VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND='0|1' vllm serve DIR --dtype bfloat16 --max-model-len 4096 \\
         --tensor-parallel-size 2 --no-enable-prefix-caching
 
-Caravan is `caravan serve --model DIR --ranks N --no-prefix-cache`, and else as it comes; with several N there are
-several of it. All servers are up the whole time. Each is loaded once before anything counts. Then, round by round and
-load by load, all are measured in turn, over HTTP: 128 prompt tokens, 64 output tokens, greedy, 1, 8 and 64 streams. The
-numbers are medians of the rounds. The last lines say what each server took of the machine while others were measured:
-one that does not rest when it is idle would spoil the comparison.
+Caravan is `caravan serve --model DIR --ranks N`, its prefix cache off too (`[serve] prefix_cache = false`), and else as
+it comes; with several N there are several of it. All servers are up the whole time. Each is loaded once before anything
+counts. Then, round by round and load by load, all are measured in turn, over HTTP: 128 prompt tokens, 64 output tokens,
+greedy, 1, 8 and 64 streams. The numbers are medians of the rounds. The last lines say what each server took of the
+machine while others were measured: one that does not rest when it is idle would spoil the comparison.
 """
 
 import argparse
@@ -85,7 +85,10 @@ class Started:
 def start_caravan(folder: Path, checkpoint: Path, ranks: int) -> Iterator[Started]:
     """A server that is ready; nothing of it is left when the context ends."""
     began = time.perf_counter()
-    server = serving.Server(folder, "--model", str(checkpoint), "--ranks", str(ranks), "--no-prefix-cache")
+    folder.mkdir(exist_ok=True)
+    config = folder / "caravan.toml"
+    config.write_text("[serve]\nprefix_cache = false\n", encoding="utf-8")
+    server = serving.Server(folder, "--model", str(checkpoint), "--ranks", str(ranks), "--config", str(config))
     try:
         try:
             server.wait_ready()

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from workers.errors import UserError
+from workers.ports import PortRange
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-EXCHANGES = ("auto", "shared", "torch")
+EXCHANGES = ("auto", "shared", "tcp", "torch")
 KERNELS = ("auto", "native", "eager")
 
 
@@ -45,8 +46,8 @@ class EngineConfig:
     threads: int = 0
     """Compute threads of a rank; 0: the host's cores shared among its ranks, at least one."""
     exchange: str = "auto"
-    """How ranks exchange rows: "shared" memory, for CPU ranks of one host, "torch" (torch.distributed: Gloo or NCCL),
-    or "auto": shared where that can be."""
+    """How CPU ranks exchange rows: "shared" memory alone, "tcp" alone, "torch" (torch.distributed's Gloo), or "auto":
+    shared memory between ranks of a host that can share it, TCP between all others. GPUs take NCCL."""
     exchange_timeout_s: float = 60.0
     """Seconds until an exchange that nobody answers is an error."""
     share_weights: bool = True
@@ -55,6 +56,11 @@ class EngineConfig:
     """Folder of packed checkpoints; None: $XDG_CACHE_HOME/caravan/weights, else ~/.cache/caravan/weights."""
     weights_cache_bytes: int = 0
     """Bytes of all packed checkpoints together; 0: half of the file system that folder lies on."""
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether ranks find each other through torch.distributed's rendezvous store."""
+        return self.device != "cpu" or self.exchange == "torch"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -98,6 +104,10 @@ class RankConfig:
     ranks_on_host: int
     """How many ranks share this host's cores."""
     engine: EngineConfig
+    rank_ports: PortRange | None = None
+    """Of which it takes the first free one for what routers and peers send it; None: any."""
+    exchange_ports: PortRange | None = None
+    """Of which it takes the first free one for other hosts' rows; None: any."""
     lifeline_timeout_s: float = 30.0
     """Seconds to wait for the leader to answer before giving up."""
     env: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 
 import time
 from collections import defaultdict
+from itertools import product
 
 import torch
 from prometheus_client import Counter, Gauge, Histogram
@@ -44,7 +45,11 @@ EXPERT_TOKENS = Counter("caravan_expert_tokens", "Tokens a routed expert compute
 EXCHANGE_SECONDS = Counter(
     "caravan_exchange_seconds", "Time in dispatch and combine, waiting for peers included.", _LABELS
 )
-EXCHANGE_BYTES = Counter("caravan_exchange_bytes", "Bytes exchanged with other ranks.", (*_LABELS, "direction"))
+EXCHANGE_BYTES = Counter(
+    "caravan_exchange_bytes",
+    "Bytes exchanged with other ranks, of the same host and of others.",
+    (*_LABELS, "direction", "scope"),
+)
 
 
 class RankMetrics:
@@ -92,8 +97,9 @@ class RankMetrics:
         """Write the sums out; the engine calls it before it parks, so that an idle gang's numbers are complete."""
         self._flushed_at = time.monotonic()
         self._add("seconds", self._exchange.seconds, EXCHANGE_SECONDS.labels(*self._labels))
-        self._add("sent", self._exchange.bytes_sent, EXCHANGE_BYTES.labels(*self._labels, "sent"))
-        self._add("received", self._exchange.bytes_received, EXCHANGE_BYTES.labels(*self._labels, "received"))
+        for direction, scope in product(("sent", "received"), ("within_host", "between_hosts")):
+            name = f"{'bytes' if direction == 'sent' else direction}_{scope}"
+            self._add(name, getattr(self._exchange, name), EXCHANGE_BYTES.labels(*self._labels, direction, scope))
         for part, seconds in self._clock.seconds.items():
             self._add(part, seconds, STEP_PART_SECONDS.labels(*self._labels, part))
         for number, tokens_E in self._expert_tokens.items():

@@ -5,6 +5,7 @@ experts the map gives it, forms the process group and steps until it is stopped 
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
@@ -18,27 +19,40 @@ import grpc
 import torch
 
 from protos import gang_pb2, gang_pb2_grpc
+from workers.abort_signal import AbortSignal
 from workers.config import RankConfig
 from workers.engine import Engine
-from workers.errors import UserError
-from workers.exchange import Exchange, LocalExchange
+from workers.errors import ExchangeError, UserError
+from workers.exchange import Exchange, LocalExchange, check_exchange
+from workers.exchange_join import join_mesh
+from workers.exchange_links import Peer
+from workers.exchange_listener import ExchangeListener
 from workers.expert_map import ExpertMap
 from workers.inbox import Inbox
 from workers.lifeline import Lifeline
+from workers.mesh_exchange import MeshShape
 from workers.metrics import RankMetrics
 from workers.model_config import ModelConfig
 from workers.packed_loading import LoadProgress, rank_weights
+from workers.ports import join_address, serve_on
 from workers.runner import TORCH_DTYPES, Runner, resolve_device, resolve_dtype
 from workers.scheduler import Emitted, Scheduler
-from workers.shared_exchange import join_shared
 from workers.token_server import TokenServer
 from workers.torch_exchange import TorchExchange
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 3.0
+STOP_GRACE_SECONDS = 0.3
+JOIN_SECONDS = 3600.0
+"""For the slowest rank's weights; the leader, which sees whether they get on, ends the wait much earlier."""
 # A prompt of a million tokens is more than the default of 4 MiB.
-SERVER_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Else two ranks could have one port, and half of each other's messages.
+    ("grpc.so_reuseport", 0),
+]
 
 
 class Rank:
@@ -53,6 +67,9 @@ class Rank:
         self._commands: queue.SimpleQueue[gang_pb2.Epoch | gang_pb2.Stop] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._engine: Engine | None = None
+        self._exchange: Exchange = LocalExchange()
+        self._joining: AbortSignal | None = None
+        """While the exchange is being joined: ends that."""
         self._weights_bytes_read = 0
         self._broken: ConnectionError | None = None
         self._is_open = False
@@ -76,7 +93,11 @@ class Rank:
             if self._broken is not None:
                 raise self._broken
         except Exception as error:
-            # Whoever stops the gang tears down its exchanges too: what fails then is no failure.
+            # Whoever stops the gang tears down its exchanges too: what fails then is no failure. A peer that heard it
+            # a moment earlier has left already.
+            if isinstance(error, ExchangeError) and not self._inbox.stopped:
+                with contextlib.suppress(queue.Empty):
+                    self._commands.get(timeout=STOP_GRACE_SECONDS)
             if self._inbox.stopped and self._broken is None:
                 return
             if not isinstance(error, ConnectionError):
@@ -91,6 +112,8 @@ class Rank:
     def stop(self) -> None:
         self._inbox.stop()
         self._commands.put(gang_pb2.Stop())
+        if (joining := self._joining) is not None:
+            joining.set()
 
     # ---- engine thread -------------------------------------------------------------------------------------------
 
@@ -101,12 +124,16 @@ class Rank:
         model = ModelConfig.from_folder(engine_config.model_dir)
         dtype = resolve_dtype(engine_config, model)
         expert_map = ExpertMap.from_proto(epoch.layers)
+        self._enter(epoch, gang_pb2.Progress.STAGE_WEIGHTS)
         weights = rank_weights(
             engine_config, model, expert_map, config.rank, TORCH_DTYPES[dtype], device, self._report_loading
         )
-        exchange = self._join_exchange(epoch, model, weights.embedding.dtype, device)
+        self._enter(epoch, gang_pb2.Progress.STAGE_GROUP)
+        self._exchange = exchange = self._join_exchange(epoch, model, weights.embedding.dtype, device)
         members = [member.rank for member in epoch.members]
         try:
+            self._enter(epoch, gang_pb2.Progress.STAGE_FIRST_EXCHANGE)
+            check_exchange(exchange, model.hidden_size, weights.embedding.dtype, device)
             runner = Runner(engine_config, model, weights, expert_map, members, exchange)
             scheduler = Scheduler(
                 runner.blocks,
@@ -156,17 +183,26 @@ class Rank:
             engine.exchange_timeout_s,
         )
         if device.type == "cpu" and engine.exchange != "torch":
-            capacity = engine.max_num_batched_tokens * top_k
-            where = (epoch.store_address, epoch.epoch, index, size)
-            shared = join_shared(*where, capacity, top_k, row_bytes, timeout_s)
-            if shared is not None:
-                return shared
-        if engine.exchange == "shared":
-            raise UserError(
-                "exchange: shared is asked for, but the ranks cannot share memory (their logs say why); use auto"
-            )
-        host = self.config.host
-        return TorchExchange(epoch.store_address, epoch.epoch, index, size, host, device, top_k, row_bytes, timeout_s)
+            # The first exchange has a row for everybody.
+            capacity = max(engine.max_num_batched_tokens, size) * top_k
+            return self._join_mesh(epoch, MeshShape(capacity, top_k, row_bytes, timeout_s))
+        where = (epoch.store_address, epoch.epoch, index, size, self.config.host, device)
+        hosts = [member.host for member in epoch.members]
+        return TorchExchange(*where, top_k, row_bytes, timeout_s, hosts=hosts)
+
+    def _join_mesh(self, epoch: gang_pb2.Epoch, shape: MeshShape) -> Exchange:
+        peers = [Peer(each.rank, each.incarnation, each.host, each.exchange_address) for each in epoch.members]
+        self._joining = joining = AbortSignal()
+        if self._inbox.stopped:
+            joining.set()
+        exchange = join_mesh(
+            self._listener, epoch.epoch, peers, shape, joining, JOIN_SECONDS, self.config.engine.exchange
+        )
+        self._joining = None
+        return exchange
+
+    def _enter(self, epoch: gang_pb2.Epoch, stage: gang_pb2.Progress.Stage.ValueType) -> None:
+        self._lifeline.send(gang_pb2.RankReport(progress=gang_pb2.Progress(epoch=epoch.epoch, stage=stage)))
 
     def _report_loading(self, progress: LoadProgress) -> None:
         self._weights_bytes_read = progress.read
@@ -198,17 +234,28 @@ class Rank:
     async def _open(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         # Until the epoch is ready nobody has this rank's address from the leader; connections wait for `_serve`.
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._port = self._server.add_insecure_port(f"{self.config.host}:0")
+        self._server = server = grpc.aio.server(options=SERVER_OPTIONS)
+        config, host = self.config, self.config.host
+
+        def bind(port: int) -> int:
+            return int(server.add_insecure_port(join_address(host, port)))
+
+        self._listener = ExchangeListener(config.gang_id, config.rank, config.incarnation, host, config.exchange_ports)
+        try:
+            port = serve_on(config.rank_ports, host, "rank_ports", bind)
+        except BaseException:
+            self._listener.close()
+            raise
         joined = gang_pb2.Joined(
             gang_id=self.config.gang_id,
             rank=self.config.rank,
             incarnation=self.config.incarnation,
             pid=os.getpid(),
             host=self.config.host,
-            address=f"{self.config.host}:{self._port}",
+            address=join_address(host, port),
             device=self.config.engine.device,
             versions=_versions(),
+            exchange_address=self._listener.address,
         )
         self._lifeline = Lifeline(self.config.leader_address, joined, self._load_report, self._on_command)
         self._lifeline_task = asyncio.create_task(self._hold_lifeline())
@@ -246,6 +293,7 @@ class Rank:
     async def _close(self) -> None:
         self._lifeline_task.cancel()
         await self._server.stop(grace=0.2)
+        self._listener.close()
         for channel in self._channels.values():
             await channel.close(None)
 
@@ -262,6 +310,8 @@ class Rank:
             weights_bytes_read=self._weights_bytes_read,
             max_num_seqs=load.max_num_seqs,
             kv_capacity_tokens=load.kv_capacity_tokens,
+            bytes_within_host=self._exchange.bytes_within_host,
+            bytes_between_hosts=self._exchange.bytes_between_hosts,
         )
 
     def _load_report(self) -> gang_pb2.RankLoad | None:

@@ -4,15 +4,29 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from workers.ports import PortRange, bind_port, join_address, split_address
+
 
 class RendezvousStore:
-    """A TCP store on `host`, at a port the system chooses. `close` it once its epoch is over."""
+    """A TCP store on `host` alone, at the first free port of `ports` (None: any). `close` it once its epoch is over.
 
-    def __init__(self, host: str) -> None:
+    Raises:
+        UserError: no port is free.
+    """
+
+    def __init__(self, host: str, ports: PortRange | None = None) -> None:
+        listener = bind_port(ports, host, "store_ports")
+        port = listener.getsockname()[1]
+        # Left to itself it would listen on every address of the host.
         self._store: TCPStore | None = TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+            master_listen_fd=listener.detach(),
         )
-        self.address = f"{host}:{self._store.port}"
+        self.address = join_address(host, port)
 
     def close(self) -> None:
         # The server ends with its last reference.
@@ -25,5 +39,5 @@ def connect(address: str, timeout_s: float) -> TCPStore:
     Raises:
         RuntimeError: nobody answered in `timeout_s`.
     """
-    host, _, port = address.rpartition(":")
-    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    host, port = split_address(address)
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))

@@ -51,9 +51,16 @@ class TokenServer(gang_pb2_grpc.RankServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this is gang {self._header.gang_id} (asked: {first.hello.gang_id}), or router {router} is connected",
             )
+        if first.hello.incarnation not in (0, self._header.incarnation):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this is incarnation {self._header.incarnation} (asked: {first.hello.incarnation})",
+            )
         self._routers[router] = outputs
         reader = asyncio.create_task(self._read(router, request_iterator, outputs))
         try:
+            # So the router knows that it was accepted.
+            await context.send_initial_metadata(())
             while True:
                 yield await outputs.get()
         finally:
@@ -105,19 +112,25 @@ class TokenServer(gang_pb2_grpc.RankServicer):
                     log.warning("router %s sent %s after Hello: ignored", router, other)
 
     def _submit(self, router: str, submit: gang_pb2.Submit, outputs: asyncio.Queue[gang_pb2.StepOutput]) -> None:
-        if (reason := self._refusal(submit)) is None:
+        is_other_epoch = submit.epoch != self._header.epoch
+        reason = self._other_epoch(submit) if is_other_epoch else self._refusal(submit)
+        if reason is None:
             self._inbox.put(Add(_sequence(router, submit)))
             return
         message = self._message(0, None)
         message.outputs.add(
-            sequence_id=submit.sequence_id, finish_reason=inference_pb2.FINISH_REASON_ERROR, detail=reason
+            sequence_id=submit.sequence_id,
+            finish_reason=inference_pb2.FINISH_REASON_ERROR,
+            detail=reason,
+            resubmit=is_other_epoch,
         )
         outputs.put_nowait(message)
 
+    def _other_epoch(self, submit: gang_pb2.Submit) -> str:
+        return f"submitted to epoch {submit.epoch}, but the gang is in epoch {self._header.epoch}"
+
     def _refusal(self, submit: gang_pb2.Submit) -> str | None:
         # Routers validate; this is the last line, where a mistake would corrupt other streams.
-        if submit.epoch != self._header.epoch:
-            return f"submitted to epoch {submit.epoch}, but the gang is in epoch {self._header.epoch}"
         if not submit.prompt_ids:
             return "the prompt is empty"
         if max(submit.prompt_ids) >= self._vocab_size:

@@ -8,9 +8,10 @@ A message is a row's bytes with its expert's number behind them. Shape suffixes 
 message, C: messages of one padded buffer.
 """
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,8 @@ from workers.rendezvous import connect
 # Bytes of one padded buffer up to which padding costs less than another collective for the counts.
 PADDED_LIMIT_BYTES = 64 * 1024
 _EXPERT_BYTES = 8
+# Between two looks whether a wait was given up: Gloo has no way to end a collective.
+_LOOK_AROUND = timedelta(milliseconds=20)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class TorchExchange(Exchange):
         row_bytes: bytes of one row.
         timeout_s: seconds until a peer that does not answer is an error.
         padded_limit_bytes: largest buffer sent padded; 0 always counts.
+        hosts: host of each process, to tell traffic within a host from that between hosts; empty: all on one.
 
     Raises:
         ExchangeError: the group could not be formed within `timeout_s`.
@@ -72,8 +76,11 @@ class TorchExchange(Exchange):
         row_bytes: int,
         timeout_s: float,
         padded_limit_bytes: int = PADDED_LIMIT_BYTES,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.index, self.size, self._device = index, size, device
+        self._is_near = [not hosts or other == hosts[index] for other in hosts or range(size)]
+        self._aborted = threading.Event()
         self._rows_per_token, self._row_bytes, self._padded_limit = rows_per_token, row_bytes, padded_limit_bytes
         self._capacity: int | None = None
         try:
@@ -89,7 +96,7 @@ class TorchExchange(Exchange):
         mine = torch.tensor([work.decode_tokens, work.prompt_tokens], dtype=torch.int64, device=self._device)
         everyone = torch.empty(2 * self.size, dtype=torch.int64, device=self._device)
         with _errors():
-            self._group._allgather_base(everyone, mine).wait()
+            self._wait(self._group._allgather_base(everyone, mine))
         agreed = [StepWork(*each) for each in everyone.view(self.size, 2).tolist()]
         rows = max(each.tokens for each in agreed) * self._rows_per_token
         self._capacity = rows if rows * (self._row_bytes + _EXPERT_BYTES) <= self._padded_limit else None
@@ -125,8 +132,30 @@ class TorchExchange(Exchange):
         self.seconds += time.perf_counter() - started
         return y_RD
 
+    def abort(self) -> None:
+        """As in `Exchange`; but peers on Gloo do not notice before their time is over, unless they abort too."""
+        self._aborted.set()
+        if self._device.type == "cuda":
+            self._group.abort()
+
     def close(self) -> None:
         self._group.abort()
+
+    def _wait(self, work: Any) -> None:
+        if self._device.type == "cuda":
+            work.wait()
+            return
+        while True:
+            if self._aborted.is_set():
+                # A group waits in its destructor for what is under way: nobody else shall.
+                threading.Thread(target=_outlive, args=(self._group, work), daemon=True).start()
+                raise ExchangeError("exchange failed: it was aborted")
+            with suppress(RuntimeError):
+                work.wait(_LOOK_AROUND)
+            if work.is_completed():
+                # Says how it ended: the wait before may have failed for its own time alone.
+                work.wait()
+                return
 
     def _dispatch_counted(self, messages_RB: Tensor, order_R: Tensor, sent_N: Tensor, x_RD: Tensor) -> Dispatched:
         received_N = torch.empty_like(sent_N)
@@ -161,15 +190,23 @@ class TorchExchange(Exchange):
         self, output: Tensor, source: Tensor, output_rows: list[int] | None = None, source_rows: list[int] | None = None
     ) -> None:
         with _errors():
-            self._group.alltoall_base(output, source, output_rows or [], source_rows or []).wait()
-        self.bytes_sent += self._bytes_to_others(source, source_rows)
-        self.bytes_received += self._bytes_to_others(output, output_rows)
+            self._wait(self._group.alltoall_base(output, source, output_rows or [], source_rows or []))
+        within, between = self._bytes_to_others(source, source_rows)
+        self.bytes_within_host += within
+        self.bytes_between_hosts += between
+        within, between = self._bytes_to_others(output, output_rows)
+        self.received_within_host += within
+        self.received_between_hosts += between
 
-    def _bytes_to_others(self, rows: Tensor, counts: list[int] | None) -> int:
+    def _bytes_to_others(self, rows: Tensor, counts: list[int] | None) -> tuple[int, int]:
+        """Within this host, between hosts."""
         if not len(rows):
-            return 0
-        own = counts[self.index] if counts else len(rows) // self.size
-        return (len(rows) - own) * rows[0].numel() * rows.element_size()
+            return 0, 0
+        counts = counts or [len(rows) // self.size] * self.size
+        near = sum(count for count, is_near in zip(counts, self._is_near, strict=True) if is_near) - counts[self.index]
+        far = sum(count for count, is_near in zip(counts, self._is_near, strict=True) if not is_near)
+        row_bytes = rows[0].numel() * rows.element_size()
+        return near * row_bytes, far * row_bytes
 
 
 def _pack(x_RD: Tensor, expert_R: Tensor) -> Tensor:
@@ -194,6 +231,12 @@ def _new_group(store: Any, index: int, size: int, host: str, device: torch.devic
     gloo._timeout = timeout
     gloo._threads = 1
     return dist.ProcessGroupGloo(store, index, size, gloo)
+
+
+def _outlive(group: Any, work: Any) -> None:
+    """Keep a group until what is under way in it has failed."""
+    with suppress(RuntimeError):
+        work.wait()
 
 
 @contextmanager

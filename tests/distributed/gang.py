@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +110,8 @@ class Leader(gang_pb2_grpc.LeaderServicer):
 @dataclass
 class Gang:
     leader: Leader
-    store: RendezvousStore
+    store: RendezvousStore | None
+    """Where ranks need one."""
     config: EngineConfig
     processes: dict[int, Any]
 
@@ -129,10 +130,16 @@ class Gang:
         epoch = gang_pb2.Epoch(
             epoch=EPOCH,
             members=[
-                gang_pb2.Member(rank=member.rank, incarnation=member.incarnation, address=member.address)
+                gang_pb2.Member(
+                    rank=member.rank,
+                    incarnation=member.incarnation,
+                    address=member.address,
+                    host=member.host,
+                    exchange_address=member.exchange_address,
+                )
                 for member in members
             ],
-            store_address=self.store.address,
+            store_address=self.store.address if self.store else "",
             layers=expert_map.to_proto(),
         )
         for rank in self.ranks:
@@ -172,17 +179,23 @@ class Gang:
 
 @asynccontextmanager
 async def start_gang(
-    folder: Path, size: int, wait: bool = True, folders: dict[int, Path] | None = None, **config: Any
+    folder: Path,
+    size: int,
+    wait: bool = True,
+    folders: dict[int, Path] | None = None,
+    hosts: Sequence[str] = (),
+    **config: Any,
 ) -> AsyncIterator[Gang]:
     """Ranks 0 to size - 1, joined and, with `wait`, ready. Whatever happens, no process is left.
 
     Args:
         folders: other checkpoints for some ranks.
+        hosts: address of each rank's host; empty: all are on one.
         config: of the engines.
     """
-    leader, store = Leader(), RendezvousStore(HOST)
+    engine, hosts = engine_config(folder, **config), hosts or [HOST] * size
+    leader, store = Leader(), RendezvousStore(HOST) if engine.needs_store else None
     await leader.start()
-    engine = engine_config(folder, **config)
     processes = {}
     for rank in range(size):
         own = replace(engine, model_dir=(folders or {}).get(rank, folder))
@@ -191,8 +204,8 @@ async def start_gang(
             rank=rank,
             incarnation=10 + rank,
             leader_address=leader.address,
-            host=HOST,
-            ranks_on_host=size,
+            host=hosts[rank],
+            ranks_on_host=hosts.count(hosts[rank]),
             engine=own,
             lifeline_timeout_s=20.0,
         )
@@ -210,7 +223,8 @@ async def start_gang(
             process.kill()
             process.join(10)
         await leader.close()
-        store.close()
+        if store:
+            store.close()
 
 
 class Router:

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from prometheus_client import REGISTRY
 
 from tests.local_engine import LocalRank, engine_config, greedy
+from workers.abort_signal import AbortSignal
 from workers.exchange import Exchange, LocalExchange
+from workers.exchange_join import join_mesh
+from workers.exchange_links import Peer
+from workers.exchange_listener import ExchangeListener
 from workers.expert_map import ExpertMap
 from workers.inbox import Add
+from workers.mesh_exchange import MeshShape
 from workers.prompt_limit import StepWork
-from workers.shared_exchange import join_shared
+from workers.rendezvous import connect
 from workers.torch_exchange import TorchExchange
 
 HIDDEN = 64
@@ -34,16 +40,14 @@ class Spot:
         rows_per_token: int = 1,
         row_bytes: int = HIDDEN * 4,
         timeout_s: float = 30.0,
-        shared: bool = False,
+        hosts: int = 0,
         **more: Any,
     ) -> Exchange:
+        """Over torch.distributed, or, given a number of `hosts`, as ranks of so many hosts do."""
+        if hosts:
+            shape = MeshShape(512, rows_per_token, row_bytes, timeout_s)
+            return self._mesh(epoch, [host_of(index, self.size, hosts) for index in range(self.size)], shape, **more)
         device = torch.device(self.device)
-        if shared:
-            exchange = join_shared(
-                self.store_address, epoch, self.index, self.size, 512, rows_per_token, row_bytes, timeout_s
-            )
-            assert exchange is not None
-            return exchange
         return TorchExchange(
             self.store_address,
             epoch,
@@ -56,6 +60,22 @@ class Spot:
             timeout_s,
             **more,
         )
+
+    def _mesh(self, epoch: int, hosts: list[str], shape: MeshShape, kind: str = "auto") -> Exchange:
+        listener = ExchangeListener("test", self.index, 1, hosts[self.index])
+        try:
+            store = dist.PrefixStore(f"mesh{epoch}", connect(self.store_address, shape.timeout_s))
+            store.set(str(self.index), listener.address)
+            addresses = [store.get(str(index)).decode() for index in range(self.size)]
+            peers = [Peer(index, 1, hosts[index], address) for index, address in enumerate(addresses)]
+            return join_mesh(listener, epoch, peers, shape, AbortSignal(), shape.timeout_s, kind)
+        finally:
+            listener.close()
+
+
+def host_of(index: int, size: int, hosts: int) -> str:
+    """Processes fill hosts evenly, neighbours together; each host is an address of the loopback."""
+    return f"127.0.0.{1 + index * min(hosts, size) // size}"
 
 
 # ---- exchanges that stay open between calls ----------------------------------------------------------------------

@@ -97,8 +97,8 @@ def random_map(written: Written, members: list[int], seed: int) -> ExpertMap:
 @pytest.mark.parametrize(
     ("model", "size", "mode"),
     [
-        *itertools.product(["maverick"], [1, 2, 3, 4, 8], ["padded", "counted", "shared"]),
-        *itertools.product(["scout"], [1, 2, 3, 4, 8], ["padded", "shared"]),
+        *itertools.product(["maverick"], [1, 2, 3, 4, 8], ["padded", "counted", "shared", "2 hosts", "own hosts"]),
+        *itertools.product(["scout"], [1, 2, 3, 4, 8], ["padded", "shared", "2 hosts"]),
     ],
 )
 def test_any_number_of_ranks(
@@ -110,7 +110,9 @@ def test_any_number_of_ranks(
     transport: dict[str, Any] = {
         "padded": {"padded_limit_bytes": 2**30},
         "counted": {"padded_limit_bytes": 0},
-        "shared": {"shared": True},
+        "shared": {"hosts": 1, "kind": "shared"},
+        "2 hosts": {"hosts": 2},
+        "own hosts": {"hosts": 8},
     }[mode]
     served = serve(processes, written.folder, even(written, members), members, requests, exchange=transport)
     check(written, exactness, served, requests, f"{model}, EP {size}, {mode}")

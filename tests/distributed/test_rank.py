@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from protos import inference_pb2
+from protos import gang_pb2, inference_pb2
 from tests.checkpoints import edit_tensors
 from tests.distributed.gang import EPOCH, GANG, HOST, Router, run_rank, start_gang
 from tests.distributed.processes import context
 from tests.exactness import Exactness, Written
 from tests.local_engine import engine_config, prompt
 from workers.config import RankConfig
+from workers.errors import UserError
 from workers.rank import Rank
 
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
@@ -100,6 +101,67 @@ async def test_streams_parking_waking_and_the_end(maverick: Written, exactness: 
         gang.stop()
         assert await gang.exit_codes(5) == dict.fromkeys(gang.ranks, 0)
         assert not [failed for rank in gang.ranks for failed in leader.all_of(rank, "failed")]
+
+
+async def test_a_gang_over_two_hosts(maverick: Written, exactness: Exactness) -> None:
+    """No rendezvous store; rows within a host and between hosts are told apart."""
+    hosts = ["127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"]
+    async with start_gang(maverick.folder, 4, hosts=hosts) as gang:
+        assert gang.store is None
+        joined = [gang.leader.last(rank, "joined") for rank in gang.ranks]
+        assert [each.host for each in joined] == hosts
+        addresses = [each.exchange_address for each in joined] + [each.address for each in joined]
+        assert [address.rpartition(":")[0] for address in addresses] == hosts * 2
+        assert len(set(addresses)) == 8
+        routers = {rank: Router(gang, rank) for rank in gang.ranks}
+        asked = {rank: (prompt(rank, 10 + 30 * rank), 20) for rank in gang.ranks}
+        for rank, router in routers.items():
+            router.submit(0, *asked[rank])
+        for rank, router in routers.items():
+            await router.all_finished([0])
+            exactness.check(maverick.reference, asked[rank][0], router.outputs[0], f"rank {rank} of two hosts")
+        await gang.idle()
+        for rank in gang.ranks:
+            load = gang.leader.last(rank, "load")
+            assert load.bytes_within_host > 0
+            # Two ranks there, one here, and headers.
+            assert load.bytes_between_hosts > load.bytes_within_host
+        before, started = gang.cpu_seconds(), time.monotonic()
+        await asyncio.sleep(1)
+        for rank, seconds in gang.cpu_seconds().items():
+            assert (seconds - before[rank]) / (time.monotonic() - started) < 0.05, f"rank {rank} burns CPU while parked"
+        gang.stop()
+        assert await gang.exit_codes(5) == dict.fromkeys(gang.ranks, 0)
+
+
+async def test_a_host_that_dies_takes_the_others_exchange_down(maverick: Written) -> None:
+    async with start_gang(maverick.folder, 3, hosts=["127.0.0.1", "127.0.0.2", "127.0.0.3"]) as gang:
+        router = Router(gang, 0)
+        router.submit(1, prompt(1, 30), ENDLESS)
+        await router.wait("tokens", lambda: len(router.outputs[1]) > 3)
+        os.kill(gang.processes[2].pid, signal.SIGKILL)
+        leader = gang.leader
+        await leader.wait("failures", lambda: all(leader.all_of(rank, "failed") for rank in (0, 1)), 10)
+        assert all("is gone" in leader.last(rank, "failed").message for rank in (0, 1))
+        assert await gang.exit_codes(5) == {0: 1, 1: 1, 2: -signal.SIGKILL}
+
+
+async def test_stop_ends_ranks_that_wait_for_others(maverick: Written) -> None:
+    """Rank 1 never hears of the epoch, so the others wait for its connection."""
+    async with start_gang(maverick.folder, 3, wait=False, hosts=["127.0.0.1", "127.0.0.2", "127.0.0.2"]) as gang:
+        gang.processes[1].kill()
+        gang.open_epoch()
+        await gang.leader.wait(
+            "a group to form",
+            lambda: any(
+                progress.stage == gang_pb2.Progress.STAGE_GROUP for progress in gang.leader.all_of(0, "progress")
+            ),
+        )
+        gang.stop()
+        codes = await gang.exit_codes(8)
+        # Rank 2 connects to rank 1, and may have failed before it was told to stop.
+        assert codes[0] == 0
+        assert codes[2] in (0, 1)
 
 
 async def test_abort_frees_blocks_within_a_step(maverick: Written) -> None:
@@ -251,9 +313,8 @@ async def test_a_bad_checkpoint_on_one_rank(maverick: Written, tmp_path: Path) -
         failed = leader.last(2, "failed")
         assert failed.is_user_error
         assert f"{bad / 'model.safetensors'}: tensor {name} has shape [127, 64, 64]" in failed.message
-        # The others wait for it in vain; told to stop, with the store gone, they end.
+        # The others wait for it in vain; told to stop, they end.
         gang.stop()
-        gang.store.close()
         assert await gang.exit_codes(8) == {0: 0, 1: 0, 2: 2, 3: 0}
 
 
@@ -271,5 +332,5 @@ async def test_a_context_that_does_not_fit(maverick: Written) -> None:
 
 async def test_an_address_that_is_not_this_hosts(maverick: Written) -> None:
     config = RankConfig(GANG, 1, 1, f"{HOST}:1", "203.0.113.7", 1, engine_config(maverick.folder))
-    with pytest.raises(RuntimeError, match=r"Failed to bind to address 203\.0\.113\.7:0"):
+    with pytest.raises(UserError, match=r"203\.0\.113\.7 is no address of this host"):
         await asyncio.wait_for(asyncio.to_thread(Rank(config).run), 15)

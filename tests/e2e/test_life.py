@@ -139,17 +139,14 @@ def test_a_gang_that_fails_for_good_ends_the_server(start: Starter, tmp_path: Pa
 
 @pytest.mark.timeout(240)
 def test_a_lost_rank_and_down(start: Starter, checkpoint: Path) -> None:
-    """A killed rank fails its streams and not the server; `caravan down` ends it under load."""
+    """A killed rank takes neither its streams nor the server with it; `caravan down` ends it under load."""
     server = start("--model", str(checkpoint), "--ranks", "2")
     server.wait_ready()
     with Client(server.address) as client:
-        stream = client.generate(make_request("x", max_tokens=1900, ignore_eos=True))
-        next(stream)
+        stream = client.generate(make_request("x", max_tokens=600, ignore_eos=True))
+        first = next(stream)
         psutil.Process(server.status()["gangs"][0]["ranks"][1]["pid"]).kill()
-        with pytest.raises(CaravanError) as caught:
-            list(stream)
-        assert caught.value.code.name == "UNAVAILABLE"
-        assert "died" in caught.value.message
+        assert sum(len(response.token_ids) for response in (first, *stream)) == 600
         deadline = time.monotonic() + 60
         while server.status()["gangs"][0]["ranks"][0]["state"] != "ready" or server.status()["gangs"][0]["epoch"] < 2:
             assert time.monotonic() < deadline

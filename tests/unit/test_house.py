@@ -130,7 +130,7 @@ def test_hooks_run_the_steps_of_make_check() -> None:
 def test_ci_runs_check_and_test() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-2:] == ["make check", "make test"]
+    assert script.read_text().splitlines()[-3:] == ["make check", "make test", "make test-hosts"]
 
 
 # ---- what is pinned ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // What Python calls (workers/native.py), once for each element type. With no scratch memory a function returns how many
 // bytes of it a call would need.
 #include "feed_forward.h"
-#include "meeting.h"
+#include "mesh.h"
 
 #define FOR_TYPE(S, suffix)                                                                                              \
   extern "C" int64_t attention_##suffix(const AttentionLayer* layer, const AttentionRows* rows, S* x, void* memory,      \
@@ -36,22 +36,31 @@
 FOR_TYPE(float, float32)
 FOR_TYPE(bf16, bfloat16)
 
-extern "C" int64_t meeting_bytes(const Meeting* meeting) {
-  return meeting->slab(meeting->size) - meeting->memory;
+// ---- the exchange between ranks (workers/mesh_exchange.py) --------------------------------------------------------
+// Everything that waits returns an outcome; see `about` in wires.h.
+
+extern "C" int64_t mesh_bytes(int64_t ranks, int64_t capacity, int64_t row_bytes) {  // of the memory one host's ranks share
+  const Meeting host = {nullptr, ranks, 0, capacity, row_bytes, 0, 0, -1, nullptr};
+  return host.slab(ranks) - host.memory;
 }
-extern "C" int64_t meeting_results(const Meeting* meeting) {  // where this rank's results begin
-  return meeting->results(meeting->index) - meeting->memory;
+extern "C" Mesh* mesh_new(const MeshPlan* plan) { return new_mesh(*plan); }
+extern "C" void mesh_free(Mesh* mesh) { free_mesh(mesh); }
+extern "C" void mesh_leave(const Mesh* mesh) { leave(mesh->host); }
+extern "C" const Traffic* mesh_traffic(const Mesh* mesh) { return &mesh->traffic; }
+extern "C" int64_t mesh_results(const Mesh* mesh) {  // where this rank's results begin
+  return mesh->host.results(mesh->host.index) - mesh->host.memory;
 }
-extern "C" int64_t meeting_agree(const Meeting* meeting, int64_t number, const int64_t* mine, int64_t* all) {
-  return agree(*meeting, number, mine, all);
+extern "C" int64_t mesh_agree(Mesh* mesh, int64_t rows_per_token, const int64_t* mine, int64_t* all) {
+  return is_readable(mesh->host.abort_event) ? GIVEN_UP : agree(*mesh, rows_per_token, mine, all);
 }
-extern "C" int64_t meeting_dispatch(const Meeting* meeting, int64_t rows, const char* x, const int64_t* process,
-                                    const int64_t* expert, char* x_S, int64_t* expert_S, int64_t* owner_S,
-                                    int64_t* place_S, int64_t room, int64_t* taken) {
-  return dispatch(*meeting, rows, x, process, expert, x_S, expert_S, owner_S, place_S, room, taken);
+extern "C" int64_t mesh_dispatch(Mesh* mesh, int64_t rows, int64_t row_bytes, const char* x, const int64_t* process,
+                                 const int64_t* expert, char* x_S, int64_t* expert_S, int64_t* owner_S, int64_t* place_S,
+                                 int64_t room, int64_t* taken) {
+  if (is_readable(mesh->host.abort_event)) return GIVEN_UP;
+  return dispatch(*mesh, rows, row_bytes, x, process, expert, x_S, expert_S, owner_S, place_S, room, taken);
 }
-extern "C" int64_t meeting_combine(const Meeting* meeting, int64_t count, const char* y_S, const int64_t* owner_S,
-                                   const int64_t* place_S) {
-  return combine(*meeting, count, y_S, owner_S, place_S);
+extern "C" int64_t mesh_combine(Mesh* mesh, int64_t count, int64_t row_bytes, const char* y_S, const int64_t* owner_S,
+                                const int64_t* place_S, int64_t rows, const int64_t* process) {
+  if (is_readable(mesh->host.abort_event)) return GIVEN_UP;
+  return combine(*mesh, count, row_bytes, y_S, owner_S, place_S, rows, process);
 }
-extern "C" void meeting_leave(const Meeting* meeting) { leave(*meeting); }

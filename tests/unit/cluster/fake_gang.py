@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from cluster.launcher import Placed
 from cluster.membership import Loss
 from protos import gang_pb2, gang_pb2_grpc
+from tests.unit.cluster.fake_hosts import LocalHost
 from workers.config import RankConfig
 
 
@@ -72,7 +74,7 @@ class FakeRank:
         self.reports.put_nowait(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=10, bytes_total=20)))
         if self.behaviour == "bad checkpoint":
             self.fail("model.safetensors: tensor lm_head.weight is missing", is_user_error=True)
-        elif self.behaviour != "never ready":
+        elif self.behaviour not in ("never ready", "stays at weights"):
             ready = gang_pb2.EpochReady(epoch=epoch, max_model_len=1000 - self.config.rank, dtype="float32")
             self.reports.put_nowait(gang_pb2.RankReport(epoch_ready=ready))
 
@@ -91,11 +93,16 @@ class FakeLauncher:
     ranks: dict[tuple[int, int], FakeRank] = field(default_factory=dict)
     tasks: dict[tuple[int, int], asyncio.Task] = field(default_factory=dict)
     place_error: Exception | None = None
+    agents: list[LocalHost] = field(default_factory=list)
+    shunned: list[str] = field(default_factory=list)
 
-    async def place(self, num_ranks: int) -> tuple[str, ...]:
+    async def place(self, num_ranks: int) -> Placed:
         if self.place_error is not None:
             raise self.place_error
-        return self.hosts[:num_ranks]
+        return Placed(self.hosts[:num_ranks], self.agents)
+
+    def shun(self, address: str) -> None:
+        self.shunned.append(address)
 
     async def launch(self, config: RankConfig) -> None:
         key = config.rank, config.incarnation

@@ -102,7 +102,20 @@ def test_status(fake, capsys) -> None:
                 "epoch": 1,
                 "running": 2,
                 "waiting": 3,
-                "ranks": [{"rank": 0, "incarnation": 1, "pid": 77, "host": "h", "state": "ready", "experts": 128}],
+                "ranks": [
+                    {
+                        "rank": 0,
+                        "incarnation": 1,
+                        "pid": 77,
+                        "host": "h",
+                        "state": "ready",
+                        "experts": 128,
+                        "address": "",
+                        "bytes_within_host": 0,
+                        "bytes_between_hosts": 0,
+                    }
+                ],
+                "hosts": [],
             }
         ],
     }
@@ -149,8 +162,8 @@ def test_flags_are_frozen() -> None:
         for name, parser in commands.choices.items()
     }
     frozen = {
-        "serve": "--config --dtype --grpc-port --help --host --http-port --metrics-port --model --model-name "
-        "--no-prefix-cache --ranks --ray-address --routers",
+        "serve": "--config --dry-run --dtype --grpc-port --help --host --http-port --metrics-port --model --model-name "
+        "--ranks --ray-address --routers",
         "generate": "--address --help --ignore-eos --json --max-tokens --seed --temperature --token-ids",
         "status": "--address --help --json",
         "down": "--address --help",

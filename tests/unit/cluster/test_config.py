@@ -6,6 +6,8 @@ import pytest
 
 from cluster.config import load_config
 from cluster.errors import UsageError
+from cluster.network import NetworkConfig, PortRange
+from cluster.placement import PlacementConfig
 
 MODEL = Path("/models/maverick")
 
@@ -55,8 +57,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_the_prefix_cache(tmp_path: Path) -> None:
     off = write(tmp_path, "[serve]\nprefix_cache = false\n[engine]\nprefill_step_ratio = 3")
     assert load_config({}, None, MODEL).engine.prefix_cache
-    assert not load_config({"prefix_cache": False}, None, MODEL).engine.prefix_cache
-    config = load_config({"prefix_cache": None}, off, MODEL)
+    config = load_config({}, off, MODEL)
     assert (config.engine.prefix_cache, config.engine.prefill_step_ratio) == (False, 3.0)
 
 
@@ -65,6 +66,29 @@ def test_the_served_name(tmp_path: Path) -> None:
     assert load_config({}, None, MODEL).router.model_name == "maverick"
     assert load_config({"model_name": "mav"}, None, MODEL).router.model_name == "mav"
     assert load_config({"model_name": "mav"}, file, MODEL).router.model_name == "mav"
+
+
+def test_placement_and_network(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        [serve]
+        ray_address = "auto"
+        [placement]
+        hosts = 2
+        accelerator = "H100"
+        labels = { zone = "a", "ray.io/market-type" = "spot" }
+        [network]
+        interface = "eth1"
+        leader_port = 20000
+        rank_ports = "20001-20016"
+        """,
+    )
+    config = load_config({}, file, MODEL)
+    assert config.placement == PlacementConfig(2, "H100", {"zone": "a", "ray.io/market-type": "spot"})
+    assert config.network == NetworkConfig("eth1", 20000, PortRange(20001, 20016))
+    bare = load_config({}, None, MODEL)
+    assert (bare.placement, bare.network) == (PlacementConfig(), NetworkConfig())
 
 
 def test_ipv6_host() -> None:
@@ -108,6 +132,19 @@ def test_the_cache_of_packed_weights(tmp_path: Path) -> None:
         ("[router]\nstream_stall_s = -1", "stream_stall_s"),
         ("[gang]\njoin_timeout_s = 0", "join_timeout_s: must be positive"),
         ("[serve\n", "is not valid TOML"),
+        ("[placement]\nhosts = -1", "hosts: must be 1 or more"),
+        ("[placement]\nhosts = 5", "hosts: 5 are more than the 4 ranks"),
+        ("[placement]\nhosts = 2", "hosts: without ray_address, all ranks are on this host; start Ray on every host"),
+        ("[placement]\nlabels = 'zone=a'", "labels must be a table"),
+        ("[placement]\nlabels = { zone = 1 }", "labels.zone must be a string, got 1"),
+        ("[placement]\nhost = 2", "unknown key 'host'; did you mean 'hosts'"),
+        ("[network]\ninterface = 'eth1'", "interface: without ray_address, all ranks are on this host"),
+        ("[network]\nrank_ports = 20000", 'rank_ports must be a string such as "20000-20099", got 20000'),
+        ("[network]\nrank_ports = '20000:20099'", "rank_ports: '20000:20099' is no range of ports; write FIRST-LAST"),
+        ("[network]\nrank_ports = '20000-20002'", "rank_ports: 20000-20002 has 3 ports, and this host has 4 ranks"),
+        ("[network]\nexchange_ports = '8990-9009'", "exchange_ports: 8990-9009 contains 9000, which is the gRPC port"),
+        ("[network]\nleader_port = 70000", "leader_port: must be a port from 1 to 65535"),
+        ("[network]\nrank_ports = '1-9'\nagent_ports = '9'", "agent_ports: 9 overlaps rank_ports"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:

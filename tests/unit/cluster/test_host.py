@@ -182,10 +182,17 @@ def test_display_without_a_terminal_says_each_stage_once(tmp_path: Path) -> None
     with (tmp_path / "out").open("w") as file:
         display = LoadingDisplay(Console(file=file))
         display.stage("starting Ray")
-        for state, read in (("starting", 0), ("loading", 5), ("loading", 9), ("ready", 10)):
+        for stage, state, read in (
+            ("ranks placed", "starting", 0),
+            ("weights loaded", "loading", 5),
+            ("weights loaded", "loading", 9),
+            ("first exchange", "ready", 10),
+            ("", "ready", 10),
+        ):
             loading = gang_pb2.Loading(bytes_read=read * 10**6, bytes_total=10**7)
             view = gang_pb2.GangView(
-                state="ready" if state == "ready" else "starting",
+                state="starting" if stage else "ready",
+                stage=stage,
                 ranks=[gang_pb2.RankView(rank=rank, state=state, loading=loading) for rank in range(2)],
             )
             display.view(view)
@@ -195,8 +202,9 @@ def test_display_without_a_terminal_says_each_stage_once(tmp_path: Path) -> None
         display.close()
     assert (tmp_path / "out").read_text().splitlines() == [
         "starting Ray",
-        "starting 2 ranks",
-        "loading weights",
+        "5/8 starting 2 ranks",
+        "6/8 loading weights",
+        "8/8 exchanging the first rows",
         "2 ranks are ready; they read 20.0 MB of weights",
         "caravan: rank 1 died",
     ]
@@ -215,12 +223,12 @@ def test_display_of_packing_and_of_what_an_operator_should_know(tmp_path: Path) 
             ),
         ):
             ranks = [gang_pb2.RankView(rank=rank, state="loading", loading=loading) for rank in range(2)]
-            display.view(gang_pb2.GangView(state="starting", ranks=ranks))
+            display.view(gang_pb2.GangView(state="starting", stage="weights loaded", ranks=ranks))
         display.close()
     assert (tmp_path / "out").read_text().splitlines() == [
-        "packing 30.0 MB of weights, once for all starts with this checkpoint",
+        "6/8 packing 30.0 MB of weights, once for all starts with this checkpoint",
         "caravan: no room",
-        "loading weights",
+        "6/8 loading weights",
     ]
 
 

@@ -3,14 +3,19 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 
-from cluster.leader import Leader, LeaderConfig
+from cluster.default_model import default_model_dir
+from cluster.leader import Leader
+from cluster.leader_config import LeaderConfig
+from cluster.placement import NoRoomError
 from protos import gang_pb2, gang_pb2_grpc
 from tests.unit.cluster.fake_gang import FakeLauncher, FakeRank, FakeStore
+from tests.unit.cluster.fake_hosts import LocalHost
 from workers.config import EngineConfig, RankConfig
 from workers.errors import UserError
 from workers.model_config import ModelConfig
@@ -174,11 +179,65 @@ async def test_bytes_extend_the_bound(what: str):
         assert time.monotonic() - started > 2
 
 
-async def test_no_room_is_an_error_with_a_reason():
-    launcher = FakeLauncher(place_error=RuntimeError("the cluster has room for 2 of 4 ranks"))
-    async with gang(launcher, config=LeaderConfig(restarts=0)) as made:
+async def test_no_room_is_an_error_with_a_reason_and_final():
+    launcher = FakeLauncher(place_error=NoRoomError("the cluster has room for 2 of 4 ranks"))
+    async with gang(launcher, config=LeaderConfig(restarts=3, restart_delay_s=30)) as made:
         view = await made.until("failed")
-        assert "room for 2 of 4" in view.detail
+        assert view.detail == "the cluster has room for 2 of 4 ranks"
+        assert not view.is_user_error
+
+
+async def test_stages_follow_each_other():
+    launcher = FakeLauncher({(1, 1): "stays at weights"})
+    async with gang(launcher, num_ranks=2) as made:
+        while (view := await made.until("starting")).stage != "weights loaded":
+            await asyncio.sleep(0.02)
+        waiting = launcher.ranks[1, 1]
+        for stage, seen in ((2, "group formed"), (3, "first exchange")):
+            waiting.reports.put_nowait(gang_pb2.RankReport(progress=gang_pb2.Progress(epoch=1, stage=stage)))
+            while (view := await made.until("starting")).stage != seen:
+                await asyncio.sleep(0.02)
+        old = gang_pb2.EpochReady(epoch=0, max_model_len=9, dtype="float32")
+        waiting.reports.put_nowait(gang_pb2.RankReport(epoch_ready=old))
+        new = gang_pb2.EpochReady(epoch=1, max_model_len=990, dtype="float32")
+        waiting.reports.put_nowait(gang_pb2.RankReport(epoch_ready=new))
+        view = await made.until("ready")
+        assert (view.stage, view.max_model_len) == ("", 990)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bound", "sentence"),
+    [
+        (2, "group_timeout_s", "connected with the other ranks"),
+        (3, "first_exchange_timeout_s", "done its first exchange"),
+    ],
+)
+async def test_a_stage_that_does_not_end_names_rank_and_host(stage: int, bound: str, sentence: str, tmp_path: Path):
+    hosts = [LocalHost(tmp_path, number) for number in (1, 2)]
+    launcher = FakeLauncher({(1, 1): "stays at weights"}, hosts=("127.0.0.1", "127.0.0.2"), agents=hosts)
+    async with gang(launcher, num_ranks=2, config=replace(QUICK, restarts=0, **{bound: 0.5})) as made:
+        while (1, 1) not in launcher.ranks or launcher.ranks[1, 1].epoch is None:
+            await asyncio.sleep(0.02)
+        report = gang_pb2.Progress(epoch=1, stage=stage)
+        launcher.ranks[1, 1].reports.put_nowait(gang_pb2.RankReport(progress=report))
+        view = await made.until("failed")
+        assert view.detail == f"rank 1 on host 127.0.0.2 (h2) has not {sentence} within 0.5 s"
+    for host in hosts:
+        host.work.close()
+
+
+async def test_a_silent_host_is_the_death_of_its_ranks(tmp_path: Path):
+    hosts = [LocalHost(tmp_path, number) for number in (1, 2)]
+    launcher = FakeLauncher(hosts=("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"), agents=hosts)
+    async with gang(launcher, config=replace(QUICK, restarts=0, host_silence_s=1.0)) as made:
+        view = await made.until("ready")
+        assert [(host.hostname, list(host.ranks)) for host in view.hosts] == [("h1", [0, 1]), ("h2", [2, 3])]
+        assert launcher.launched[2].engine.model_dir == default_model_dir(), "where it lies on that host"
+        hosts[1].work.close()
+        view = await made.until("failed")
+        assert "rank 2: host 127.0.0.2 (h2) has been silent for" in view.detail
+        assert launcher.shunned == ["127.0.0.2"]
+    hosts[0].work.close()
 
 
 async def test_an_old_incarnation_is_refused():

@@ -179,6 +179,42 @@ def test_a_replayed_stream_goes_on_as_it_would_have(maverick: Written) -> None:
             assert rank.generate([again]) == [whole]
 
 
+def test_all_that_depends_on_what_is_prompt_and_what_output_is_right_after_a_replay(maverick: Written) -> None:
+    collected: list[Emitted] = []
+    rank = LocalRank(engine_config(maverick.folder), publish=lambda _, emitted: collected.extend(emitted))
+    sampling = SamplingParams(
+        temperature=1.0, top_p=0.95, seed=11, repetition_penalty=1.4, presence_penalty=0.6, frequency_penalty=0.3,
+        logprobs=2, prompt_logprobs=1,
+    )  # fmt: skip
+
+    def run(output_ids: list[int], stop_token_ids: frozenset[int] = frozenset()) -> list[Emitted]:
+        collected.clear()
+        sequence = Sequence(
+            ("a", 1), prompt(3, 21), sampling, 24, min_tokens=12, stop_token_ids=stop_token_ids, output_ids=output_ids
+        )
+        rank.inbox.put(Add(sequence))
+        while rank.engine.step():
+            pass
+        return list(collected)
+
+    def told(items: list[Emitted]) -> list[Any]:
+        return [(item.sample.token_id, item.sample.logprobs.chosen[0], item.finish) for item in items]
+
+    free = [item.sample.token_id for item in run([])]
+    # Tokens that come early and late: before min_tokens they may not end it, and are not drawn.
+    stops = frozenset({free[2], free[5], free[14]})
+    whole = run([], stops)
+    ids = [item.sample.token_id for item in whole]
+    assert len(whole[0].prompt_logprobs) == 20
+    assert len(ids) >= 12 and not stops & set(ids[:11])
+    for cut in range(1, len(ids)):
+        rest = run(ids[:cut], stops)
+        assert told(rest) == told(whole[cut:])
+        assert not any(item.prompt_logprobs for item in rest), "they were sent with the first token"
+        values = [item.sample.logprobs.chosen[1] for item in rest]
+        assert values == pytest.approx([item.sample.logprobs.chosen[1] for item in whole[cut:]], abs=1e-4)
+
+
 def test_the_longest_sequence_there_may_be(maverick: Written, exactness: Exactness) -> None:
     config = engine_config(maverick.folder, kv_memory_bytes=10 * BLOCK, block_size=16, max_num_seqs=4)
     rank = LocalRank(config)

@@ -182,6 +182,8 @@ async def test_refusals(served: Served, channel: grpc.aio.Channel, changes: dict
     assert output.finish_reason == inference_pb2.FINISH_REASON_ERROR
     assert sentence in output.detail
     assert not output.token_ids
+    # What is wrong with a request is wrong everywhere; another epoch is nothing that is wrong with it.
+    assert output.resubmit == ("epoch" in changes)
     # The stream lives on, and nothing of the refused one reached the engine.
     router.submit(6)
     (add,) = await served.messages(1)
@@ -282,6 +284,20 @@ async def test_another_gangs_router_is_refused(served: Served, channel: grpc.aio
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "this is gang gang (asked: other)" in details
     assert served.inbox.drain() == []
+
+
+async def test_a_router_that_means_another_incarnation_is_refused(served: Served, channel: grpc.aio.Channel) -> None:
+    router = Router(channel, None)
+    router.say(hello=gang_pb2.Hello(router_id="r1", gang_id="gang", epoch=3, incarnation=6))
+    code, details = await router.error()
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "this is incarnation 7 (asked: 6)" in details
+    # The router's epoch may be an old one.
+    router = Router(channel, None)
+    router.say(hello=gang_pb2.Hello(router_id="r1", gang_id="gang", epoch=1, incarnation=7))
+    async with asyncio.timeout(10):
+        await router.call.initial_metadata()
+    assert not router.call.done(), "it is told at once that it is accepted"
 
 
 async def test_two_routers_of_one_name_are_refused(served: Served, channel: grpc.aio.Channel) -> None:
