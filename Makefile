@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-hosts serve test test-unit test-hosts check check-format check-lint check-types check-floors check-stubs check-contract \
-        fuzz overload soak growth peers bench-router bench-kernels format stubs wheel hooks clean venv
+        fuzz overload soak growth peers bench-router bench-hosts bench-kernels format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -53,6 +53,9 @@ peers: $(READY) ## Caravan beside vLLM, in alternation (ARGS="--vllm VENV --chec
 
 bench-router: $(READY) ## messages a second through a router, beside a bare gRPC server
 	$(BIN)/python -m tests.bench_router $(ARGS)
+
+bench-hosts: $(READY) ## step time against exchanges a step and delay between hosts (root; ten minutes)
+	$(BIN)/python -m tests.hosts.bench_delay $(ARGS)
 
 bench-kernels: $(READY) ## the CPU kernels beside what this machine's memory and cores give
 	$(BIN)/python -m tests.bench_kernels

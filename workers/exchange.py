@@ -74,8 +74,8 @@ class Exchange(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Give up: the call under way, if there is one, and all later ones raise ExchangeError within milliseconds; so do
-        those of peers that wait for this process. From any thread, at any time, any number of times. Never waits."""
+        """Give up: the call under way, if there is one, and all later ones raise ExchangeError within milliseconds, and
+        so do those of peers that wait for this process. From any thread, at any time, again and again. Never waits."""
 
     @abstractmethod
     def close(self) -> None:

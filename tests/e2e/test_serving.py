@@ -37,11 +37,13 @@ def test_status(server: Server, checkpoint: Path) -> None:
     assert set(status) == {"model", "gangs"}
     assert status["model"] == checkpoint.name
     (gang,) = status["gangs"]
-    assert set(gang) == {"id", "epoch", "running", "waiting", "ranks"}
+    assert set(gang) == {"id", "epoch", "running", "waiting", "ranks", "hosts"}
+    assert [(host["host"], host["ranks"]) for host in gang["hosts"]] == [("127.0.0.1", [0, 1, 2, 3])]
     assert gang["epoch"] == 1
     assert [rank["rank"] for rank in gang["ranks"]] == [0, 1, 2, 3]
     for rank in gang["ranks"]:
-        assert set(rank) == {"rank", "incarnation", "pid", "host", "state", "experts"}
+        sent = {"bytes_within_host", "bytes_between_hosts"}
+        assert set(rank) == {"rank", "incarnation", "pid", "host", "state", "experts", "address"} | sent
         assert (rank["incarnation"], rank["state"], rank["experts"]) == (1, "ready", 32)
     assert len({rank["pid"] for rank in gang["ranks"]}) == 4
 
