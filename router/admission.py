@@ -110,6 +110,10 @@ class Admission(Generic[T]):
         self._num_started += 1
         self.rate.set_busy(True)
 
+    def set_away(self, count: int) -> None:
+        """So many tickets that have started are at no rank: what is not served meanwhile says nothing of the rate."""
+        self.rate.set_busy(self._num_started > count)
+
     def withdraw(self, ticket: Ticket[T]) -> None:
         """A ticket that has not started will not."""
         if self.queue.remove(ticket):

@@ -67,6 +67,7 @@ def build_router(
     num_cpus: float = 0.1,
     num_replicas: int = 1,
     env: Mapping[str, str] | None = None,
+    host: str = "",
 ) -> serve.Application:
     """The Serve application to run.
 
@@ -76,11 +77,14 @@ def build_router(
         num_cpus: logical CPUs a replica claims.
         num_replicas: router processes; those of one host share its ports.
         env: environment variables of the replicas alone, such as PROMETHEUS_MULTIPROC_DIR.
+        host: Ray's address of the host that all of them run on; empty: any.
     """
+    # Ray gives every host a resource of its name.
+    place = {"resources": {f"node:{host}": 0.001}} if host else {}
     decorate = serve.deployment(
         name="Router",
         num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": num_cpus} | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
+        ray_actor_options={"num_cpus": num_cpus} | place | ({"runtime_env": {"env_vars": dict(env)}} if env else {}),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=STOP_S,
         health_check_period_s=2,

@@ -41,6 +41,10 @@ class RouterConfig:
     """Seconds without a word from a leader (it sends every second) before the router connects anew."""
     reconnect_max_s: float = 2.0
     """Longest pause between two attempts to reach a leader or a rank."""
+    replay_wait_s: float = 60.0
+    """Seconds without any rank that a stream whose rank was lost, or a request that waits, is kept for one to come."""
+    max_replays: int = 5
+    """Ranks that a stream may lose in a row without a token in between; 0: it ends with the first."""
     max_queued_tokens: int = 262_144
     """Tokens (prompt and max_tokens) of requests that wait for a rank; one tenant alone may hold 41% of them."""
     tokens_per_minute: int = 0
@@ -67,6 +71,8 @@ class RouterConfig:
         for name, quota in {"tokens_per_minute": self.tokens_per_minute, **self.tenant_tokens_per_minute}.items():
             if quota < 0:
                 raise RouterConfigError(f"{name}: tokens a minute must be at least 0, got {quota}")
-        for name in ("stream_stall_s", "watch_silence_s", "reconnect_max_s", "resume_retention_s"):
+        if self.max_replays < 0:
+            raise RouterConfigError(f"max_replays: must be at least 0, got {self.max_replays}")
+        for name in ("stream_stall_s", "watch_silence_s", "reconnect_max_s", "replay_wait_s", "resume_retention_s"):
             if not getattr(self, name) > 0:
                 raise RouterConfigError(f"{name}: must be more than 0 seconds, got {getattr(self, name)}")

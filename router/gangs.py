@@ -4,18 +4,21 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from protos import gang_pb2
 from router.config import RouterConfig
 from router.errors import NotReady
 from router.gang_view import GangWatcher, LeaderResolver
+from router.loss import Loss, LossReason
 from router.metrics import RouterMetrics
 from router.policy import pick
 from router.rank_link import RankLink
 from router.stream import Stream
 
 logger = logging.getLogger(__name__)
+
+LinkKey = tuple[str, int, int, str]
 
 READY, DEAD, FAILED = "ready", "dead", "failed"
 
@@ -25,7 +28,8 @@ class Gang:
 
     Attributes:
         view: what the leader said last; None until it is reached.
-        links: one to every rank that takes part in the epoch, by rank, incarnation and address.
+        links: one to every rank that takes part in the epoch, by gang, rank, incarnation and address.
+        dtype: what it computes in; empty until it was ready.
     """
 
     def __init__(
@@ -37,12 +41,13 @@ class Gang:
         on_change: Callable[[], None],
     ) -> None:
         self.view: gang_pb2.GangView | None = None
-        self.links: dict[tuple[int, int, str], RankLink] = {}
+        self.links: dict[LinkKey, RankLink] = {}
+        self.dtype = ""
         self._router_id = router_id
         self._config = config
         self._metrics = metrics
         self._on_change = on_change
-        self._runs: dict[tuple[int, int, str], asyncio.Task[None]] = {}
+        self._runs: dict[LinkKey, asyncio.Task[None]] = {}
         self._watcher = GangWatcher(router_id, resolve, self.take_view, config.watch_silence_s, config.reconnect_max_s)
         self._watch = asyncio.create_task(self._watcher.run(), name="gang-watch")
 
@@ -52,8 +57,18 @@ class Gang:
         return (
             self.view is not None
             and self.view.state == READY
-            and any(link.is_connected for link in self.links.values())
+            and any(link.is_connected and link.is_current for link in self.links.values())
         )
+
+    @property
+    def has_failed(self) -> bool:
+        """For good: no view will be a better one."""
+        return self.view is not None and self.view.state == FAILED
+
+    def suits(self, stream: Stream) -> bool:
+        """What the stream has so far could have been computed here, and the rest fits."""
+        fits = self.view is not None and stream.request.cost <= self.view.max_model_len
+        return fits and stream.dtype in ("", self.dtype)
 
     @property
     def is_watched(self) -> bool:
@@ -71,19 +86,27 @@ class Gang:
 
     def take_view(self, view: gang_pb2.GangView) -> None:
         """Makes links to new ranks, and closes those to ranks that died or were replaced."""
+        if self.view is not None and self.view.gang_id == view.gang_id and view.epoch < self.view.epoch:
+            self._metrics.fenced.inc()
+            logger.warning("dropped a view of %s in epoch %d: it is in %d", view.gang_id, view.epoch, self.view.epoch)
+            return
         self.view = view
+        self.dtype = view.dtype or self.dtype
         members = {
-            (member.rank, member.incarnation, member.address): member
+            (view.gang_id, member.rank, member.incarnation, member.address): member
             for member in view.ranks
             if member.state != DEAD and member.address
         }
-        for key in self.links.keys() - members.keys():
-            self._close(key, f"{self.links[key]} died; send the request again")
+        for key, link in self.links.items():  # Nothing below is placed where it would be lost again.
+            link.is_current = key in members and members[key].state == READY
         if view.state == FAILED:
-            for key in list(self.links):
-                self._close(key, f"{view.gang_id} failed: {view.detail}")
-            self._on_change()
-            return
+            self._close(list(self.links), lambda link: f"{link.gang_id} failed: {view.detail}")
+        else:
+            self._close([key for key in self.links if key not in members], lambda link: f"{link} died")
+            self._meet(members, view)
+        self._on_change()
+
+    def _meet(self, members: dict[LinkKey, gang_pb2.RankView], view: gang_pb2.GangView) -> None:
         for key, member in members.items():
             if link := self.links.get(key):
                 link.update(view.epoch, member.load)
@@ -99,17 +122,18 @@ class Gang:
                 )
                 self.links[key] = link
                 self._runs[key] = asyncio.create_task(link.run(), name=f"link to {link}")
-        self._on_change()
 
-    def _close(self, key: tuple[int, int, str], detail: str) -> None:
-        self._runs.pop(key).cancel()
-        self.links.pop(key).fail_streams(detail)
+    def _close(self, keys: list[LinkKey], why: Callable[[RankLink], str], reason: LossReason = LossReason.DEAD) -> None:
+        for key in keys:
+            self._runs.pop(key).cancel()
+        # All are gone before the first stream looks for another rank.
+        for link in [self.links.pop(key) for key in keys]:
+            link.lose_streams(Loss(reason, why(link)))
 
     async def close(self) -> None:
         """Ends every task and stream."""
         tasks = [self._watch, *self._runs.values()]
-        for key in list(self.links):
-            self._close(key, "the router shuts down; send the request again")
+        self._close(list(self.links), lambda _: "the router shuts down", LossReason.SHUTDOWN)
         self._watch.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -174,9 +198,32 @@ class Gangs:
         """Never the same twice."""
         return next(self._sequence_ids)
 
-    def has_room(self, prompt_tokens: int) -> bool:
-        """A rank can start such a sequence now."""
-        return self._pick(prompt_tokens) is not None
+    def has_room(self, stream: Stream) -> bool:
+        """A rank can start it now."""
+        return self._pick(stream) is not None
+
+    def can_take(self, stream: Stream) -> bool:
+        """Some gang that is ready can; its ranks may have no room now."""
+        return any(gang.is_ready and gang.suits(stream) for gang in self._gangs)
+
+    def why_not(self, stream: Stream) -> str:
+        """One clause for a person: why no gang can take it, or has."""
+        reasons = []
+        for gang in self._gangs:
+            if not gang.is_ready:
+                reasons.append(gang.why_not_ready())
+            elif gang.view is not None and not gang.suits(stream):
+                limits = f"computes in {gang.dtype} and takes {gang.view.max_model_len} tokens"
+                reasons.append(f"{gang.view.gang_id} {limits}; needed are {stream.dtype} and {stream.request.cost}")
+        return "; ".join(reasons) or "no rank has room"
+
+    def why_failed(self, dtype: str = "") -> str:
+        """One clause where every gang that computes in `dtype` has failed for good, empty where one has not."""
+        gangs = [gang for gang in self._gangs if dtype in ("", gang.dtype) or not gang.dtype]
+        views = [gang.view for gang in gangs if gang.view is not None and gang.has_failed]
+        if len(views) < len(gangs):
+            return ""
+        return "; ".join(f"{view.gang_id} failed: {view.detail}" for view in views)
 
     def submit(self, stream: Stream) -> RankLink | None:
         """Sends a stream to the rank with room that will be free first.
@@ -184,9 +231,11 @@ class Gangs:
         Returns:
             None when no rank has room; nothing was sent.
         """
-        link = self._pick(len(stream.request.prompt_ids))
-        if link is not None:
-            link.submit(stream)
+        found = self._pick(stream)
+        if found is None:
+            return None
+        link, stream.dtype = found
+        link.submit(stream)
         return link
 
     def cancel(self, tenant: str, request_id: str, sibling: int | None = None) -> None:
@@ -195,21 +244,26 @@ class Gangs:
         Args:
             sibling: only this one of its outputs; None: all.
         """
-        for link in self._links():
-            link.cancel(tenant, request_id, sibling)
+        for gang in self._gangs:
+            for link in gang.links.values():
+                if link.is_connected:
+                    link.cancel(tenant, request_id, sibling)
 
     async def close(self) -> None:
         """Ends every task and stream."""
         await asyncio.gather(*(gang.close() for gang in self._gangs))
 
-    def _links(self) -> Iterator[RankLink]:
-        for gang in self._gangs:
-            if gang.is_ready:
-                yield from (link for link in gang.links.values() if link.is_connected)
-
-    def _pick(self, prompt_tokens: int) -> RankLink | None:
-        links = {(link.gang_id, link.rank): link for link in self._links()}
-        choice = pick([link.candidate() for link in links.values()], prompt_tokens) if links else None
+    def _pick(self, stream: Stream) -> tuple[RankLink, str] | None:
+        """A rank that the newest view calls ready, and what it computes in."""
+        links = {
+            (link.gang_id, link.rank): (link, gang.dtype)
+            for gang in self._gangs
+            if gang.is_ready and gang.suits(stream)
+            for link in gang.links.values()
+            if link.is_open
+        }
+        num_tokens = len(stream.request.prompt_ids) + len(stream.output_ids)
+        choice = pick([link.candidate() for link, _ in links.values()], num_tokens) if links else None
         return None if choice is None else links[choice.gang_id, choice.rank]
 
     def _changed(self) -> None:

@@ -10,6 +10,7 @@ from router.config import RouterConfig
 from router.detokenizer import TokenBytes
 from router.dispatcher import Dispatcher
 from router.errors import Cancelled, Overloaded, TooLate
+from router.loss import Loss
 from router.metrics import RouterMetrics, StreamTimer
 from router.output_text import OutputText
 from router.stream import ABORT, DEADLINE, ERROR, Ending, Piece, Reader, Stream
@@ -53,7 +54,7 @@ class Generation:
         within_s = _within(request, call)
         text = OutputText(token_bytes, request.stop, request.min_tokens)
         deadline = None if within_s is None else time.monotonic() + within_s
-        self.stream = Stream(sequence_id, request, text, self._took, self._ended, deadline)
+        self.stream = Stream(sequence_id, request, text, self._took, self._ended, self._lost, deadline)
         if within_s is not None and within_s <= 0:
             raise TooLate("the deadline had passed when the request arrived")
         self._timer = StreamTimer(metrics, arrival)
@@ -148,6 +149,11 @@ class Generation:
         is_first = len(self.stream.output_ids) <= tokens
         self._dispatcher.served(tokens + (len(self.request.prompt_ids) if is_first else 0))
         self._timer.tokens(tokens)
+        if (gap_s := self._ticket.item.progress()) is not None:
+            self._metrics.replay_gap.observe(gap_s)
+
+    def _lost(self, loss: Loss) -> None:
+        self._dispatcher.lost(self._ticket, loss)
 
     def _ended(self) -> None:
         ending = self.stream.ending
@@ -161,6 +167,8 @@ class Generation:
 
     def _expire(self, within_s: float) -> None:
         where = "while it was worked on" if self._is_started else "while it waited for a rank"
+        if self._is_started and self._ticket.item.link is None:
+            where = "while it waited for another rank, its own being lost"
         self.stream.end(DEADLINE, TooLate(f"the request's deadline of {within_s:.3g} s passed {where}"))
 
     def _stall(self) -> None:

@@ -6,6 +6,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 GAP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+REPLAY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 20, 30, 60)
 REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -47,7 +48,20 @@ class RouterMetrics:
         )
         self.fenced = Counter(
             "caravan_router_fenced_messages",
-            "Messages of ranks dropped because their gang, epoch or incarnation was not current.",
+            "Messages of ranks and leaders dropped because their gang, epoch or incarnation was not current.",
+            registry=registry,
+        )
+        self.replayed = Counter(
+            "caravan_streams_replayed",
+            "Streams that another rank went on with, by why theirs was lost (connection, dead, refused, given_up, "
+            "fenced).",
+            ["reason"],
+            registry=registry,
+        )
+        self.replay_gap = Histogram(
+            "caravan_replay_gap_seconds",
+            "From the loss of a stream's rank to its next token.",
+            buckets=REPLAY_BUCKETS,
             registry=registry,
         )
 

@@ -290,8 +290,21 @@ def _gang_status(view: gang_pb2.GangView) -> inference_pb2.GangStatus:
             tokens_computed=rank.load.tokens_computed,
             tokens_exchanged=rank.load.tokens_exchanged,
             weights_bytes_read=rank.load.weights_bytes_read,
+            address=rank.address,
+            bytes_within_host=rank.load.bytes_within_host,
+            bytes_between_hosts=rank.load.bytes_between_hosts,
         )
         for rank in view.ranks
+    ]
+    hosts = [
+        inference_pb2.HostStatus(
+            host=host.host,
+            hostname=host.hostname,
+            interface=host.interface,
+            ranks=host.ranks,
+            round_trips=[inference_pb2.RoundTrip(host=each.host, seconds=each.seconds) for each in host.round_trips],
+        )
+        for host in view.hosts
     ]
     return inference_pb2.GangStatus(
         id=view.gang_id,
@@ -301,4 +314,6 @@ def _gang_status(view: gang_pb2.GangView) -> inference_pb2.GangStatus:
         ranks=ranks,
         state=view.state,
         detail=view.detail,
+        stage=view.stage,
+        hosts=hosts,
     )

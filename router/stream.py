@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from protos import gang_pb2, inference_pb2
 from protos.errors import CaravanError
 from router.errors import Cancelled, InvalidRequest, RankLost, TakenOver, TooLate
+from router.loss import Loss
 from router.output_text import OutputText
 from router.validation import ValidRequest
 
@@ -52,17 +53,19 @@ class Stream:
     any of its tokens, here or where it is generated again.
 
     Attributes:
-        sequence_id: the router's number for it, never used twice.
+        sequence_id: the router's number for it at its rank, never used twice; at the next rank it has another.
         request: prompt ids, parameters and seed.
         deadline: when it must end, by time.monotonic; None: no bound.
         output_ids: all tokens so far, apart from the prompt's; after a stop string, the one that completed it is last.
         ending: how it ended; None while it goes on.
         is_rank_done: the rank itself ended it.
+        dtype: what its tokens are computed in, once it was at a rank; it is replayed in no other.
         cached_tokens: of the prompt's tokens, those that the rank did not need to compute.
 
     Args:
         on_tokens: told of every arrival how many tokens came.
         on_end: called once.
+        on_lost: called when its rank is lost and it could go on at another.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Stream:
         text: OutputText,
         on_tokens: Callable[[int], None],
         on_end: Callable[[], None],
+        on_lost: Callable[[Loss], None],
         deadline: float | None = None,
     ) -> None:
         self.sequence_id = sequence_id
@@ -81,9 +85,11 @@ class Stream:
         self.ending: Ending | None = None
         self.is_rank_done = False
         self.cached_tokens = 0
+        self.dtype = ""
         self._text = text
         self._on_tokens = on_tokens
         self._on_end = on_end
+        self._on_lost = on_lost
         # One entry a token from number `_dropped` on: what it adds to the text, and its log-probabilities if asked for.
         self._dropped = 0
         self._pieces: list[str] = []
@@ -96,11 +102,11 @@ class Stream:
         """Takes what a step produced. Never waits."""
         if self.ending is not None:
             return
-        self._prompt_logprobs.extend(output.prompt_logprobs)
-        self._logprobs.extend(output.logprobs)
-        if output.cached_tokens:
+        if not self.output_ids:  # What a later rank says of the prompt comes too late.
+            self._prompt_logprobs.extend(output.prompt_logprobs)
             self.cached_tokens = output.cached_tokens
-        reason = output.finish_reason
+        self._logprobs.extend(output.logprobs)
+        reason = UNSPECIFIED if output.resubmit else output.finish_reason
         self.is_rank_done = reason != UNSPECIFIED
         ids = output.token_ids
         if ids:
@@ -124,12 +130,25 @@ class Stream:
         else:
             self.end(ERROR, RankLost(output.detail))
 
+    def lose(self, loss: Loss) -> None:
+        """Its rank does not go on with it. What arrived counts; nothing else of that rank will be taken for it."""
+        if self.ending is not None:
+            return
+        if 0 < self.request.max_tokens <= len(self.output_ids):
+            self._complete(LENGTH)
+        else:
+            self._on_lost(loss)
+
+    def renumber(self, sequence_id: int) -> None:
+        """It goes to another rank, under a new number."""
+        self.sequence_id = sequence_id
+
     def fail(self, detail: str) -> None:
-        """Ends the output because its rank cannot go on. Tokens that arrived before still reach the client."""
+        """Ends the output because no rank can go on. Tokens that arrived before still reach the client."""
         self.end(ERROR, RankLost(detail))
 
     def refuse(self, error: CaravanError) -> None:
-        """Ends the output before anything was done for it."""
+        """Ends the output for a reason of the router's own."""
         self.end(ERROR, error)
 
     def end(self, reason: inference_pb2.FinishReason.ValueType, error: CaravanError | None = None) -> None:

@@ -69,6 +69,7 @@ class Engine(gang_pb2_grpc.RankServicer):
 
     async def Connect(self, request_iterator, context):
         self._tasks.append(asyncio.create_task(self._read(request_iterator)))
+        await context.send_initial_metadata(())
         while True:
             yield await self._outbox.get()
 

@@ -8,6 +8,7 @@ from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from protos import inference_pb2, inference_pb2_grpc
+from router import service as service_module
 from router.config import RouterConfig
 from router.grpc_service import GrpcService
 from router.metrics import RouterMetrics
@@ -15,6 +16,7 @@ from router.model_info import ModelInfo
 from router.service import RouterService
 from router.tokenizer import Tokenizer
 from tests.unit.router.fakes import FakeLeader, FakeRank
+from tests.unit.router.replay_world import World, open_world
 from tests.unit.router.tiny_checkpoint import EOT, build_tokenizer, write_checkpoint
 
 
@@ -135,3 +137,22 @@ async def build(config) -> AsyncIterator[Callable[..., Awaitable[House]]]:
 @pytest.fixture
 async def house(build) -> House:
     return await build()
+
+
+@pytest.fixture(scope="module")
+def play(checkpoint):
+    """Runs a scene in a world of its own, on its own clock."""
+    loaded = service_module.load(RouterConfig(model_dir=checkpoint))
+
+    def run(scene: Callable[[World], Awaitable[None]], num_gangs: int = 1, num_ranks: int = 2, **config) -> None:
+        async def whole() -> None:
+            world = World(RouterConfig(model_dir=checkpoint, **config), num_gangs, num_ranks)
+            await world.start()
+            await scene(world)
+
+        with open_world() as loop:
+            loop.run_until_complete(whole())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service_module, "load", lambda config: loaded)
+        yield run

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import grpc
 from grpc import aio
 
 from protos import gang_pb2, gang_pb2_grpc, inference_pb2
@@ -12,13 +13,14 @@ from protos import gang_pb2, gang_pb2_grpc, inference_pb2
 class FakeRank(gang_pb2_grpc.RankServicer):
     """Answers a prompt with its own tokens, over and over, `per_step` a step, until max_tokens or a stop token.
 
-    `hold` keeps it from stepping; everything it was told is in `messages`.
+    Cleared, `running` keeps it from stepping; `refuses`: it takes no connection.
     """
 
     def __init__(self, rank: int = 0, incarnation: int = 1, gang_id: str = "gang-0") -> None:
         self.rank, self.incarnation, self.gang_id, self.epoch = rank, incarnation, gang_id, 1
         self.per_step = 1
         self.step_s = 0.0
+        self.refuses = False
         self.running = asyncio.Event()
         self.running.set()
         self.hellos: list[gang_pb2.Hello] = []
@@ -60,11 +62,14 @@ class FakeRank(gang_pb2_grpc.RankServicer):
         self.outboxes[-1].put_nowait(message)
 
     async def Connect(self, request_iterator, context):
+        if self.refuses:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "router is connected")
         outbox: asyncio.Queue[gang_pb2.StepOutput] = asyncio.Queue()
         self.outboxes.append(outbox)
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         self._tasks.add(reader)
         try:
+            await context.send_initial_metadata(())
             while True:
                 yield await outbox.get()
         finally:
@@ -103,7 +108,7 @@ class FakeRank(gang_pb2_grpc.RankServicer):
                     )
 
     async def _generate(self, submit: gang_pb2.Submit, outbox: asyncio.Queue) -> None:
-        made = 0
+        made = len(submit.output_ids)
         while True:
             await self.running.wait()
             await asyncio.sleep(self.step_s)
@@ -128,7 +133,7 @@ class FakeRank(gang_pb2_grpc.RankServicer):
                     for i in ids
                 ]
             prompt_logprobs = []
-            if submit.sampling.HasField("prompt_logprobs") and made == len(ids):
+            if submit.sampling.HasField("prompt_logprobs") and made == len(ids) and not submit.output_ids:
                 prompt_logprobs = [
                     inference_pb2.PositionLogprobs(chosen=inference_pb2.TokenLogprob(token_id=i, logprob=-2))
                     for i in submit.prompt_ids[1:]
