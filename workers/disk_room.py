@@ -21,6 +21,16 @@ def free_bytes(folder: Path) -> int:
     return status.f_frsize * status.f_bavail
 
 
+def half_of_disk(folder: Path) -> int:
+    """Bytes: the bound of a cache that has been given none.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    status = os.statvfs(folder)
+    return status.f_frsize * status.f_blocks // 2
+
+
 def held_bytes(path: Path) -> int:
     """Bytes of the disk that a file takes, kept room included; 0: there is no such file."""
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from workers.cache_folder import cache_folder
-from workers.disk_room import SPARE_BYTES, free_bytes, held_bytes, size_text
+from workers.disk_room import SPARE_BYTES, free_bytes, half_of_disk, held_bytes, size_text
 from workers.model_manifest import JOURNAL, MANIFEST, Manifest, is_whole, read_manifest, write_manifest
 from workers.model_source import ModelSource
 from workers.packed_file import is_still, try_lock
@@ -124,10 +124,7 @@ class ModelCache:
     @property
     def limit_bytes(self) -> int:
         """Most bytes of all models together."""
-        if self._limit_bytes:
-            return self._limit_bytes
-        status = os.statvfs(self.folder)
-        return status.f_frsize * status.f_blocks // 2
+        return self._limit_bytes or half_of_disk(self.folder)
 
     def models(self) -> list[CachedModel]:
         """All folders of models, the one used last first.

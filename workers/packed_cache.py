@@ -5,7 +5,6 @@ who makes it. Locks end with their process, so nothing has to be cleaned up afte
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.cache_folder import cache_folder
+from workers.disk_room import SPARE_BYTES, free_bytes, half_of_disk, keep_room, size_text
 from workers.packed_file import Header, PackDamagedError, PackFile, Writer, is_still, read_header, read_state, try_lock
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,6 @@ SUFFIX, PARTIAL_SUFFIX = ".pack", ".partial"
 POLL_S = 0.05
 STALL_S = 120.0
 """Who waits for another process's pack gives up once it has not grown for this long."""
-SPARE_BYTES = 64 * 2**20
-"""Left free on the disk."""
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 Report = Callable[[int, int], None]
 """Called with bytes packed so far and in all."""
@@ -198,7 +194,9 @@ class PackedCache:
         try:
             with self._locked_folder():
                 self._make_room(header.file_bytes, keep=partial)
-                _allocate(fd, header.file_bytes)
+                # A disk that is full says so before hours of packing, not after.
+                keep_room(fd, header.file_bytes)
+                os.ftruncate(fd, header.file_bytes)
             writer = Writer(fd, header)
             report(0, writer.total)
             fill(writer, lambda: report(writer.written, writer.total))
@@ -230,28 +228,27 @@ class PackedCache:
                 files.remove(file)
         if nbytes > limit:
             raise CacheUnusableError(
-                f"{self.folder}: a pack of {_size(nbytes)} exceeds the bound of {_size(limit)}, weights_cache_bytes"
+                f"{self.folder}: a pack of {size_text(nbytes)} exceeds the bound of {size_text(limit)}, "
+                "weights_cache_bytes"
             )
         unused = [file for file in files if not file.is_in_use]
         held = sum(file.nbytes for file in files)
-        while held + nbytes > limit or nbytes + SPARE_BYTES > _free_bytes(self.folder):
+        while held + nbytes > limit or nbytes + SPARE_BYTES > free_bytes(self.folder):
             if not unused:
                 raise CacheUnusableError(
-                    f"{self.folder}: no room for a pack of {_size(nbytes)}: {_size(held)} of at most {_size(limit)} "
-                    f"are in use there, and {_size(_free_bytes(self.folder))} of the disk are free"
+                    f"{self.folder}: no room for a pack of {size_text(nbytes)}: {size_text(held)} of at most "
+                    f"{size_text(limit)} are in use there, and {size_text(free_bytes(self.folder))} of the disk "
+                    "are free"
                 )
             oldest = unused.pop()
             if self.remove(oldest.path):
-                log.warning("removed %s (%s) to make room for another pack", oldest.path, _size(oldest.nbytes))
+                log.warning("removed %s (%s) to make room for another pack", oldest.path, size_text(oldest.nbytes))
                 held -= oldest.nbytes
 
     @property
     def limit_bytes(self) -> int:
         """Most bytes of all packs together."""
-        if self._limit_bytes:
-            return self._limit_bytes
-        status = os.statvfs(self.folder)
-        return status.f_frsize * status.f_blocks // 2
+        return self._limit_bytes or half_of_disk(self.folder)
 
     def _paths(self) -> list[Path]:
         try:
@@ -305,18 +302,6 @@ def _describe(path: Path) -> CachedPack:
         os.close(fd)
 
 
-def _allocate(fd: int, nbytes: int) -> None:
-    """Reserve the room now: a disk that is full says so before hours of packing, not after."""
-    os.ftruncate(fd, nbytes)
-    # Not posix_fallocate: where a file system cannot do it, that writes to every block instead, in silence, for hours.
-    while _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -325,17 +310,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _free_bytes(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_frsize * status.f_bavail
-
-
 def _cannot(folder: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"{folder}: the disk is full"
     reason = error.strerror or str(error)
     return f"{folder}: cannot hold packed weights ({reason})"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.0f} MB" if nbytes < 10**10 else f"{nbytes / 1e9:,.1f} GB"

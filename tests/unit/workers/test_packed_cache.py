@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.packs import BYTES, TENSORS, content, fill, get, header, name, put
-from workers import packed_cache
+from workers import disk_room, packed_cache
 from workers.packed_cache import CacheUnusableError, PackedCache, default_cache_folder
 from workers.packed_file import PackFile, Writer, damaged_tensors
 
@@ -164,12 +164,12 @@ def test_a_disk_that_is_full_while_packing(cache: PackedCache) -> None:
 
 
 def test_a_disk_that_is_full_before(cache: PackedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_cache, "_free_bytes", lambda folder: 10**6)
+    monkeypatch.setattr(packed_cache, "free_bytes", lambda folder: 10**6)
     put_bytes = header().file_bytes
     with pytest.raises(CacheUnusableError) as raised:
         get(cache)
-    assert str(raised.value).startswith(f"{cache.folder}: no room for a pack of 0 MB: 0 MB of at most ")
-    assert str(raised.value).endswith("are in use there, and 1 MB of the disk are free")
+    assert str(raised.value).startswith(f"{cache.folder}: no room for a pack of 0.0 MB: 0.0 MB of at most ")
+    assert str(raised.value).endswith("are in use there, and 1.0 MB of the disk are free")
     assert put_bytes > 0
     assert os.listdir(cache.folder) == []
 
@@ -203,7 +203,7 @@ def test_a_file_system_that_cannot_reserve(cache: PackedCache, monkeypatch: pyte
             ctypes.set_errno(self.number)
             return -1
 
-    monkeypatch.setattr(packed_cache, "_LIBC", NoFallocate())
+    monkeypatch.setattr(disk_room, "_LIBC", NoFallocate())
     pack = get(cache)
     assert list(damaged_tensors(pack.fd, pack.header)) == []
     pack.close()

@@ -292,7 +292,7 @@ def test_a_folder_that_cannot_be(folder: Path, cache: Path, caplog: pytest.LogCa
 def test_a_bound_that_is_too_low(folder: Path, cache: Path) -> None:
     weights, reports = load(folder, cache, weights_cache_bytes=1000)
     assert_same(weights, private(folder, torch.float32))
-    assert "exceeds the bound of 0 MB, weights_cache_bytes" in reports[-1].note
+    assert "exceeds the bound of 0.0 MB, weights_cache_bytes" in reports[-1].note
     assert packs(cache) == []
 
 
