@@ -70,7 +70,7 @@ class Deployment:
                     metrics_port=config.serve.metrics_port,
                     served_from=here,
                 ),
-                self._serve_env,
+                self._serve_env | self._measured_env,
             )
             router = build_router(
                 config.router,

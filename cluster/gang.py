@@ -13,8 +13,9 @@ from typing import Any
 
 from ray import serve
 
+from cluster.epochs import Store
 from cluster.host import HostSpec, WantedModel
-from cluster.leader import Leader, Store
+from cluster.leader import Leader
 from cluster.leader_config import LeaderConfig
 from cluster.network import NetworkConfig, PortRange, address_of
 from cluster.placement import PlacementConfig, PlacementRequest, gpus_per_rank
@@ -57,6 +58,9 @@ class Gang:
 
     def __init__(self, config: GangConfig) -> None:
         remove_leftovers()
+        if not config.host:
+            # On a host that has no ranks nobody else makes it.
+            config.metrics_folder.mkdir(parents=True, exist_ok=True)
         gang_id = f"gang-{secrets.token_hex(3)}"
         gpus = gpus_per_rank(config.engine.device, config.num_ranks, joined_hosts())
         engine = _on_devices(config.engine, gpus)

@@ -2,9 +2,9 @@
 
 Knows no Ray: processes come from a `Launcher`. One life of a gang is
 
-    hosts ready → ranks launched and joined → epoch with its rendezvous store and expert maps → all ready → one is lost
+    hosts ready → ranks launched and joined → first epoch → all ready → reshapes, as ranks go and come (reshape.py)
 
-A gang that lost a rank is fenced as a whole and starts over with the next epoch and new incarnations, a bounded number
+A gang that cannot go on is fenced as a whole and starts over with the next epoch and new incarnations, a bounded number
 of times; where the user's input is at fault it fails for good at once.
 """
 
@@ -14,11 +14,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NoReturn, Protocol
+from functools import partial
+from typing import NoReturn
 
+from cluster.epochs import Epochs, Store
 from cluster.errors import one_sentence
 from cluster.gang_hosts import GangHosts
+from cluster.gang_ranks import GangRanks
 from cluster.host import Host
 from cluster.launcher import Launcher
 from cluster.leader_config import LeaderConfig
@@ -26,9 +28,10 @@ from cluster.leader_service import LeaderService
 from cluster.membership import FAILED, READY, STARTING, Loss, Member, Membership
 from cluster.network import NetworkConfig
 from cluster.placement import NoRoomError, first_expert_map, ranks_on_same_host
+from cluster.reshape import Reshaper
 from cluster.stages import Stage
 from protos import gang_pb2
-from workers.config import EngineConfig, RankConfig
+from workers.config import EngineConfig
 from workers.errors import UserError
 from workers.expert_map import ExpertMap
 from workers.model_config import ModelConfig
@@ -36,15 +39,6 @@ from workers.model_config import ModelConfig
 logger = logging.getLogger("caravan.leader")
 
 ANY_PORTS = NetworkConfig()
-
-
-class Store(Protocol):
-    """A rendezvous store, one an epoch."""
-
-    address: str
-    """HOST:PORT"""
-
-    def close(self) -> None: ...
 
 
 class _GangLostError(Exception):
@@ -83,16 +77,15 @@ class Leader:
         self._engine = engine
         self._config = config
         self._launcher = launcher
-        self._open_store = open_store
+        self._epochs = Epochs(partial(open_store, host) if num_ranks > 1 and engine.needs_store else None)
         self._network = network
-        self._store: Store | None = None
         self.membership = membership = Membership(gang_id)
         self._hosts = GangHosts(config, membership.enter, membership.notify, self._on_host_gone)
         membership.host_views = self._hosts.views
         self._was_ready = False
         self._service = LeaderService(self.membership)
         self._expert_map: ExpertMap | None = None
-        self._watchers: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._ranks: GangRanks | None = None
         self._task: asyncio.Task[None] | None = None
         self.address = ""
 
@@ -104,7 +97,16 @@ class Leader:
         """
         self._expert_map = first_expert_map(self._model, range(self._num_ranks))
         self.address = await self._service.start(self._host, self._network.leader_port)
-        self._task = asyncio.create_task(self._lead(), name="leader")
+        self._ranks = GangRanks(
+            self.membership,
+            self._launcher,
+            self._hosts,
+            self._engine,
+            self._network,
+            self.address,
+            self._config.fence_timeout_s,
+        )
+        self._task = asyncio.create_task(self._lead(self._ranks), name="leader")
         return self.address
 
     async def stop(self, reason: str) -> None:
@@ -113,26 +115,26 @@ class Leader:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         command = gang_pb2.LeaderCommand(stop=gang_pb2.Stop(reason=reason))
-        for member in self.membership.members.values():
+        for member in self.membership.everybody():
             member.commands.put_nowait(command)
-        if self._watchers:
-            await asyncio.wait(self._watchers.values(), timeout=self._config.stop_timeout_s)
         try:
-            await self._fence()
+            if self._ranks is not None:
+                await self._ranks.wait_ended(self._config.stop_timeout_s)
+                await self._fence(self._ranks)
         finally:
             await self._hosts.stop_watching()
             await self._service.stop()
 
-    async def _lead(self) -> None:
+    async def _lead(self, ranks: GangRanks) -> None:
         losses: deque[float] = deque()
         try:
             while True:
-                loss = await self._live()
+                loss = await self._live(ranks)
                 membership = self.membership
                 logger.warning("gang %s lost in epoch %d: %s", membership.gang_id, membership.epoch, loss.message)
                 if not loss.is_user_error:
                     self.membership.settle(STARTING, f"starting over: {loss.message}")
-                await self._fence()
+                await self._fence(ranks)
                 now = time.monotonic()
                 losses.append(now)
                 while now - losses[0] > self._config.restart_window_s:
@@ -145,50 +147,33 @@ class Leader:
         except Exception as error:
             logger.exception("the leader failed")
             with contextlib.suppress(Exception):
-                await self._fence()
+                await self._fence(ranks)
             self.membership.settle(FAILED, f"the gang's leader failed: {one_sentence(error)}")
 
-    async def _live(self) -> Loss:
+    async def _live(self, ranks: GangRanks) -> Loss:
         try:
-            await self._form()
-            self.membership.settle(READY)
-            self._was_ready = True
-            return await self._first_loss()
+            addresses = await self._form(ranks)
         except _GangLostError as lost:
             return lost.loss
+        self.membership.settle(READY)
+        self._was_ready = True
+        assert self._expert_map is not None
+        reshaper = Reshaper(self.membership, ranks, self._epochs, self._expert_map, addresses, self._config)
+        return await reshaper.run()
 
-    async def _form(self) -> None:
+    async def _form(self, ranks: GangRanks) -> dict[int, str]:
+        """Every rank started and ready in one epoch; returns the addresses of their hosts."""
         config, membership = self._config, self.membership
         assert self._expert_map is not None
         epoch = membership.epoch + 1
-        # Incarnations are as new as the epoch that starts them.
-        membership.begin(epoch, dict.fromkeys(range(self._num_ranks), epoch))
+        # Incarnations are no older than the epoch that starts them.
+        incarnation = membership.next_incarnation()
+        membership.begin(epoch, dict.fromkeys(range(self._num_ranks), incarnation))
         for rank, member in membership.members.items():
             member.experts = self._expert_map.most_experts(rank)
-        await self._launch_all()
+        addresses = await self._launch_all(ranks)
         await self._until(lambda member: member.joined is not None, config.join_timeout_s, "joined the gang")
-        if self._num_ranks > 1 and self._engine.needs_store:
-            self._store = await asyncio.to_thread(self._open_store, self._host)
-        command = gang_pb2.LeaderCommand(
-            epoch=gang_pb2.Epoch(
-                epoch=epoch,
-                members=[
-                    gang_pb2.Member(
-                        rank=rank,
-                        incarnation=member.incarnation,
-                        address=member.joined.address,
-                        host=member.joined.host,
-                        exchange_address=member.joined.exchange_address,
-                    )
-                    for rank, member in sorted(membership.members.items())
-                    if member.joined is not None
-                ],
-                store_address=self._store.address if self._store is not None else "",
-                layers=self._expert_map.to_proto(),
-            )
-        )
-        for member in membership.members.values():
-            member.commands.put_nowait(command)
+        await self._epochs.begin(epoch, membership.members.values(), self._expert_map)
         membership.enter(Stage.WEIGHTS)
         await self._until(
             lambda member: member.is_at(gang_pb2.Progress.STAGE_GROUP),
@@ -205,20 +190,18 @@ class Leader:
         await self._until(
             lambda member: member.ready is not None, config.first_exchange_timeout_s, "done its first exchange"
         )
+        return addresses
 
-    async def _launch_all(self) -> None:
+    async def _launch_all(self, ranks: GangRanks) -> dict[int, str]:
         try:
             self.membership.enter(Stage.HOSTS_JOINED)
             placed = await self._launcher.place(self._num_ranks)
             addresses = await self._hosts.prepare(placed, self.address)
             self.membership.enter(Stage.RANKS_PLACED)
             on_host = ranks_on_same_host(addresses)
-            await asyncio.gather(
-                *(
-                    self._launch(member, addresses[rank], on_host[rank])
-                    for rank, member in sorted(self.membership.members.items())
-                )
-            )
+            members = self.membership.members
+            await asyncio.gather(*(ranks.launch(members[n], addresses[n], on_host[n]) for n in sorted(members)))
+            return dict(enumerate(addresses))
         except NoRoomError as error:
             # Room that was there and is not any more may come back; room that never was has been waited for.
             raise _GangLostError(Loss(str(error), is_final=not self._was_ready)) from None
@@ -227,39 +210,11 @@ class Leader:
         except (RuntimeError, OSError, TimeoutError) as error:
             raise _GangLostError(Loss(f"the ranks could not be started: {one_sentence(error)}")) from error
 
-    async def _launch(self, member: Member, host: str, ranks_on_host: int) -> None:
-        member.host = self._hosts.name(host)
-        model_dir = self._hosts.model_dir(host)
-        await self._launcher.launch(
-            RankConfig(
-                gang_id=self.membership.gang_id,
-                rank=member.rank,
-                incarnation=member.incarnation,
-                leader_address=self.address,
-                host=host,
-                ranks_on_host=ranks_on_host,
-                rank_ports=self._network.rank_ports,
-                exchange_ports=self._network.exchange_ports,
-                engine=replace(self._engine, model_dir=model_dir) if model_dir is not None else self._engine,
-            )
-        )
-        key = member.rank, member.incarnation
-        self._watchers[key] = asyncio.create_task(self._watch_process(*key))
-
     def _on_host_gone(self, host: Host, message: str) -> None:
         self._launcher.shun(host.ray_address)
-        for member in self.membership.members.values():
+        for member in self.membership.everybody():
             if member.host == host.name:
-                self.membership.record_loss(member.rank, member.incarnation, Loss(message, is_told=True))
-
-    async def _watch_process(self, rank: int, incarnation: int) -> None:
-        try:
-            loss = await self._launcher.ended(rank, incarnation)
-            # What the rank said last may still be on its way up the lifeline, and tells more than a mere end.
-            await asyncio.sleep(0.2)
-            self.membership.record_loss(rank, incarnation, loss)
-        finally:
-            self._watchers.pop((rank, incarnation), None)
+                self.membership.record_loss(member.rank, member.incarnation, Loss(message, reason="host", is_told=True))
 
     async def _until(self, has: Callable[[Member], bool], bound_s: float, what: str) -> None:
         """Wait until `has` is true of every rank; bytes read or packed start the bound anew."""
@@ -281,12 +236,6 @@ class Leader:
         loadings = [member.loading for member in self.membership.members.values() if member.loading]
         return sum(loading.bytes_read + loading.bytes_packed for loading in loadings)
 
-    async def _first_loss(self) -> Loss:
-        version = self.membership.version
-        while not self.membership.losses():
-            version = await self.membership.changed_since(version, timeout_s=60)
-        await self._give_up()
-
     async def _give_up(self) -> NoReturn:
         """Raise why this life ended. One death makes the others' exchanges fail, so all get a moment to speak."""
         await asyncio.sleep(0.3)
@@ -294,19 +243,11 @@ class Leader:
         member, loss = min(self.membership.losses(), key=lambda found: (not found[1].is_user_error, found[1].is_told))
         raise _GangLostError(Loss(f"rank {member.rank}: {one_sentence(loss.message)}", loss.is_user_error))
 
-    async def _fence(self) -> None:
-        """No process of this epoch acts after this.
+    async def _fence(self, ranks: GangRanks) -> None:
+        """No process of this gang acts after this.
 
         Raises:
             TimeoutError: one could not be killed in time.
         """
-        members = list(self.membership.members.values())
-        async with asyncio.timeout(self._config.fence_timeout_s):
-            await asyncio.gather(*(self._launcher.kill(member.rank, member.incarnation) for member in members))
-        for member in members:
-            if task := self._watchers.pop((member.rank, member.incarnation), None):
-                task.cancel()
-            self.membership.record_loss(member.rank, member.incarnation, Loss("fenced with the rest of the gang"))
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        await ranks.fence(self.membership.everybody())
+        self._epochs.close()

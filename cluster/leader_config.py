@@ -27,8 +27,14 @@ class LeaderConfig:
     """Until every rank is connected with every other one."""
     first_exchange_timeout_s: float = 60.0
     """Until the first rows have gone round, and every rank is ready."""
-    host_silence_s: float = 5.0
+    host_silence_s: float = 1.5
     """A host whose agent has not answered for so long is gone, and all its ranks with it."""
+    rank_silence_s: float = 2.0
+    """A rank that reports nothing for so long, though its connection stands, is stuck and counts as dead."""
+    reshape_timeout_s: float = 10.0
+    """For every member to enter the next epoch of a gang that runs; who has not by then counts as dead."""
+    fewest_ranks: int = 1
+    """With fewer the gang does not go on: its streams wait until it has been started anew."""
     fence_timeout_s: float = 10.0
     """Until a killed rank's process must be gone."""
     stop_timeout_s: float = 2.0

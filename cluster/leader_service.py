@@ -1,6 +1,7 @@
 """The leader's gRPC server: lifelines of ranks and watches of routers, translated to and from `Membership`."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -54,16 +55,18 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
         reports = aiter(request_iterator)
         member = await self._admit(reports, context)
         reader = asyncio.create_task(self._read(member, reports))
+        command: asyncio.Task[gang_pb2.LeaderCommand] | None = None
         try:
             while True:
                 command = asyncio.create_task(member.commands.get())
                 await asyncio.wait((command, reader), return_when=asyncio.FIRST_COMPLETED)
                 if not command.done():
-                    command.cancel()
                     return
                 yield command.result()
         finally:
             reader.cancel()
+            if command is not None:
+                command.cancel()
             self._membership.record_loss(member.rank, member.incarnation, Loss("its process fell silent"))
 
     async def Watch(self, request: gang_pb2.WatchRequest, context: Context) -> AsyncIterator[gang_pb2.GangView]:
@@ -93,6 +96,7 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
 
     async def _read(self, member: Member, reports: AsyncIterator[gang_pb2.RankReport]) -> None:
         async for report in reports:
+            member.heard_at = time.monotonic()
             match report.WhichOneof("message"):
                 case "loading":
                     is_first = member.loading is None
@@ -100,7 +104,8 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
                     if is_first:
                         self._membership.notify()
                 case "progress":
-                    if report.progress.epoch == self._membership.epoch:
+                    # 0: it prepares for an epoch that is not there yet.
+                    if report.progress.epoch in (0, self._membership.epoch):
                         member.progress = report.progress
                         self._membership.notify()
                 case "load":
@@ -110,7 +115,7 @@ class LeaderService(gang_pb2_grpc.LeaderServicer):
                         member.ready = report.epoch_ready
                         self._membership.notify()
                 case "failed":
-                    loss = Loss(report.failed.message, report.failed.is_user_error, is_told=True)
+                    loss = Loss(report.failed.message, report.failed.is_user_error, reason="failed", is_told=True)
                     self._membership.record_loss(member.rank, member.incarnation, loss)
                 case _:
                     pass

@@ -1,7 +1,7 @@
 """What a leader knows of its gang: one record a rank, and the view of it all that routers and operators see."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from protos import gang_pb2
@@ -19,6 +19,8 @@ class Loss:
     """The user's input is at fault: starting again would not help."""
     is_final: bool = False
     """Starting again would not help, though the user's input is not at fault."""
+    reason: str = "died"
+    """For counting: died, stuck (alive, but silent), late (not in an epoch in time), host, or failed (it said so)."""
     is_told: bool = False
     """The rank said so itself; else its process or its lifeline ended without a word."""
 
@@ -39,8 +41,14 @@ class Member:
     """`Membership.version` when it was lost."""
     experts: int = 0
     """Most logical experts of one MoE layer with a replica here."""
+    address: str = ""
+    """Of its host, as ranks reach it; empty before it is known where the rank goes."""
     host: str = ""
-    """As a person calls it; empty before it is known where the rank goes."""
+    """The same as a person calls it."""
+    heard_at: float = 0.0
+    """Of its last report, by time.monotonic."""
+    has_served: bool = False
+    """It was ready in some epoch. In the next it is still the one it was: its sequences go on."""
     commands: asyncio.Queue[gang_pb2.LeaderCommand] = field(default_factory=asyncio.Queue)
     """What its lifeline is still to carry down."""
 
@@ -48,7 +56,7 @@ class Member:
     def state(self) -> str:
         if self.loss is not None:
             return DEAD
-        if self.ready is not None:
+        if self.ready is not None or self.has_served:
             return READY
         return LOADING if self.loading is not None else STARTING
 
@@ -88,9 +96,18 @@ class Membership:
         self.version = 0
         """Grows with every change of state; mere numbers (load, bytes read) change without it."""
         self.members: dict[int, Member] = {}
+        self.joining: dict[int, Member] = {}
+        """Ranks that are to become members with a later epoch."""
+        self._max_model_len, self._dtype = 0, ""
+        self._last_incarnation = 0
         self.host_views: Callable[[], list[gang_pb2.HostView]] = list
         """Of the gang's hosts, now."""
         self._changed = asyncio.Event()
+
+    def next_incarnation(self) -> int:
+        """Newer than any before, and no older than the epoch that follows."""
+        self._last_incarnation = max(self._last_incarnation, self.epoch) + 1
+        return self._last_incarnation
 
     def begin(self, epoch: int, incarnations: dict[int, int]) -> None:
         """A new epoch with nobody joined yet: `incarnations` by rank."""
@@ -99,12 +116,31 @@ class Membership:
         self.epoch = epoch
         self.state, self.stage, self.detail = STARTING, "", ""
         self.members = {rank: Member(rank, incarnation) for rank, incarnation in incarnations.items()}
+        self.joining = {}
         self.notify()
+
+    def reshape(self, epoch: int, members: Iterable[Member]) -> None:
+        """The next epoch of a gang that runs, with these members; none has entered it yet."""
+        if epoch <= self.epoch:
+            raise ValueError(f"epochs only grow: {epoch} after {self.epoch}")
+        self.epoch = epoch
+        self.members = {member.rank: member for member in members}
+        for rank, member in self.members.items():
+            member.ready = member.progress = None
+            self.joining.pop(rank, None)
+        self.notify()
+
+    def everybody(self) -> list[Member]:
+        """Members, and who is to become one."""
+        return [*self.members.values(), *self.joining.values()]
 
     def current(self, rank: int, incarnation: int) -> Member | None:
         """The member, unless this incarnation is no longer, or not yet, one."""
-        member = self.members.get(rank)
-        return member if member is not None and member.incarnation == incarnation else None
+        for members in (self.members, self.joining):
+            member = members.get(rank)
+            if member is not None and member.incarnation == incarnation:
+                return member
+        return None
 
     def record_loss(self, rank: int, incarnation: int, loss: Loss) -> None:
         """The first word on why a rank went is kept, but what the rank said itself outweighs a mere silence."""
@@ -140,6 +176,11 @@ class Membership:
     def settle(self, state: str, detail: str = "", is_user_error: bool = False) -> None:
         """The gang's own state, and why."""
         self.state, self.detail, self.is_user_error = state, detail, is_user_error
+        ready = [member.ready for member in self.members.values() if member.ready is not None]
+        if state == READY and ready:
+            self._max_model_len, self._dtype = min(report.max_model_len for report in ready), ready[0].dtype
+            for member in self.members.values():
+                member.has_served = True
         self.notify()
 
     def notify(self) -> None:
@@ -158,16 +199,16 @@ class Membership:
 
     def view(self) -> gang_pb2.GangView:
         """The gang as it is now. `max_model_len` is the least that any rank can hold."""
-        ready = [member.ready for member in self.members.values() if member.ready is not None]
         is_ready = self.state == READY
+        everybody = sorted(self.everybody(), key=lambda member: (member.rank, member.incarnation))
         return gang_pb2.GangView(
             gang_id=self.gang_id,
             epoch=self.epoch,
             state=self.state,
             detail=self.detail,
-            ranks=[member.view() for _, member in sorted(self.members.items())],
-            max_model_len=min(report.max_model_len for report in ready) if is_ready else 0,
-            dtype=ready[0].dtype if is_ready else "",
+            ranks=[member.view() for member in everybody],
+            max_model_len=self._max_model_len if is_ready else 0,
+            dtype=self._dtype if is_ready else "",
             is_user_error=self.is_user_error,
             stage=self.stage if self.state == STARTING else "",
             hosts=self.host_views(),

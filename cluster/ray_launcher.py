@@ -110,7 +110,7 @@ class RayLauncher:
         if self._room is None:
             await asyncio.to_thread(end_rank, pid)
             await asyncio.wait([end])
-        elif host := self._room.host_at(address):
+        elif (host := self._room.host_at(address)) and not self._room.is_shunned(host.ray_address):
             with contextlib.suppress(HostGoneError, TimeoutError):
                 await asyncio.wait_for(host.call("kill", pid), KILL_TIMEOUT_S)
                 await asyncio.wait([end], timeout=KILL_TIMEOUT_S)

@@ -79,6 +79,10 @@ class RayRoom:
         name = next((host.name for host in self._hosts.values() if host.ray_address == address), address)
         self._shunned[address] = time.monotonic() + SHUN_S, name
 
+    def is_shunned(self, address: str) -> bool:
+        """Is it still out of reach, as far as is known?"""
+        return self._shunned.get(address, (0.0, ""))[0] > time.monotonic()
+
     async def close(self) -> None:
         """Give the room back and end the agents."""
         hosts, self._hosts = list(self._hosts.values()), {}

@@ -43,6 +43,8 @@ CHANNEL_OPTIONS = [
     # Two clients of one process are two connections.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+# Of a connection that somebody took and dropped, which no server does that is not dying.
+DROPPED = ("Connection reset", "Socket closed", "Broken pipe")
 BROKEN = (inference_pb2.FINISH_REASON_ERROR, inference_pb2.FINISH_REASON_ABORT)
 DEFAULT_RETRIES = Retries()
 
@@ -90,19 +92,17 @@ class Client:
 
     def connect(self) -> None:
         """Makes sure a server answers; at once where nothing listens. Every method does it first."""
-        if self._is_connected:
-            return
-        try:
-            self._admin.GetStatus(inference_pb2.GetStatusRequest(), timeout=self._connect_timeout_s)
-        except grpc.RpcError as error:
-            failure = _caravan_error(error)
-            sentences = {
-                grpc.StatusCode.UNAVAILABLE: f"no server answers at {self.address}; start one with `caravan serve`",
-                grpc.StatusCode.DEADLINE_EXCEEDED: f"{self.address} did not answer in {self._connect_timeout_s:g} s",
-                grpc.StatusCode.UNIMPLEMENTED: f"what answers at {self.address} is not Caravan",
-            }
-            raise CaravanError(failure.code, sentences.get(failure.code, failure.message)) from error
-        self._is_connected = True
+        patience = Patience(self._retries, self._connect_timeout_s)
+        while not self._is_connected:
+            try:
+                self._admin.GetStatus(inference_pb2.GetStatusRequest(), timeout=patience.left_s)
+            except grpc.RpcError as error:
+                failure = _caravan_error(error)
+                # There may be another router beside the one that died.
+                if any(sign in failure.message for sign in DROPPED) and patience.wait(failure):
+                    continue
+                raise self._why_not_connected(failure) from error
+            self._is_connected = True
 
     def generate(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
@@ -174,6 +174,14 @@ class Client:
         """Gangs and ranks as the router sees them now: never tried again."""
         patience = Patience(NO_RETRIES, self._timeout_s)
         return self._call(self._admin.GetStatus, inference_pb2.GetStatusRequest(), patience)
+
+    def _why_not_connected(self, failure: CaravanError) -> CaravanError:
+        sentences = {
+            grpc.StatusCode.UNAVAILABLE: f"no server answers at {self.address}; start one with `caravan serve`",
+            grpc.StatusCode.DEADLINE_EXCEEDED: f"{self.address} did not answer in {self._connect_timeout_s:g} s",
+            grpc.StatusCode.UNIMPLEMENTED: f"what answers at {self.address} is not Caravan",
+        }
+        return CaravanError(failure.code, sentences.get(failure.code, failure.message))
 
     def _attempt(
         self, request: inference_pb2.GenerateRequest, patience: Patience

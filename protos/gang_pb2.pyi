@@ -710,25 +710,55 @@ class LeaderCommand(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    PREPARE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def epoch(self) -> Global___Epoch: ...
+    def epoch(self) -> Global___Epoch:
+        """Enter it at once: a step under way is abandoned."""
+
     @_builtins.property
     def stop(self) -> Global___Stop: ...
+    @_builtins.property
+    def prepare(self) -> Global___Prepare:
+        """To a rank that joins a gang that runs: an epoch with it follows once it has its weights."""
+
     def __init__(
         self,
         *,
         epoch: Global___Epoch | None = ...,
         stop: Global___Stop | None = ...,
+        prepare: Global___Prepare | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "message", b"message", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "message", b"message", "prepare", b"prepare", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "message", b"message", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "message", b"message", "prepare", b"prepare", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["epoch", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["epoch", "stop", "prepare"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___LeaderCommand: _TypeAlias = LeaderCommand  # noqa: Y015
+
+@_typing.final
+class Prepare(_message.Message):
+    """Load what these maps give this rank, and say so (Progress with epoch 0 and STAGE_GROUP)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMap]: ...
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___LayerMap] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prepare: _TypeAlias = Prepare  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):

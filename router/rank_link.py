@@ -28,6 +28,8 @@ REFUSAL_PAUSE_S = 0.05
 """A rank that hands streams back gets nothing for so long."""
 VIEW_LAG_S = 2.0
 """What the leader says of a rank's load is older than what the rank said itself this long ago."""
+MOST_NAMED = 100
+"""Requests of a lost rank that the log names."""
 
 
 class Attempt(NamedTuple):
@@ -95,7 +97,8 @@ class RankLink:
         # Time of aborts of sequences that the rank's own report may still count.
         self._aborted: dict[int, float] = {}
         self._told_load_at = 0.0
-        self._outbox: asyncio.Queue[gang_pb2.RouterMessage] = asyncio.Queue()
+        # None: nothing follows.
+        self._outbox: asyncio.Queue[gang_pb2.RouterMessage | None] = asyncio.Queue()
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.gang_id}"
@@ -172,7 +175,8 @@ class RankLink:
         self._aborted.clear()
         self._lost_below = self._last_submitted + 1
         if attempts and loss.reason != LossReason.SHUTDOWN:
-            logger.warning("%s: %d streams have to go on elsewhere", loss.detail, len(attempts))
+            requests = ", ".join(attempt.stream.request.request_id for attempt in attempts[:MOST_NAMED])
+            logger.warning("%s: %d streams have to go on elsewhere: %s", loss.detail, len(attempts), requests)
         for attempt in attempts:
             attempt.stream.lose(loss)
 
@@ -202,24 +206,30 @@ class RankLink:
 
     async def _converse(self) -> None:
         """One connection, from Hello to its loss."""
+        outbox = self._outbox
         async with aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            call = gang_pb2_grpc.RankStub(channel).Connect(self._messages(self._outbox))
-            # The rank sends them when it has accepted us.
-            await call.initial_metadata()
-            if not call.done():
-                self.is_connected = True
-                self._on_change()
-            async for message in call:
-                self._dispatch(message)
+            call = gang_pb2_grpc.RankStub(channel).Connect(self._messages(outbox))
+            try:
+                # The rank sends them when it has accepted us.
+                await call.initial_metadata()
+                if not call.done():
+                    self.is_connected = True
+                    self._on_change()
+                async for message in call:
+                    self._dispatch(message)
+            finally:
+                outbox.put_nowait(None)  # When the rank ends the call, gRPC goes on waiting for our next message.
 
-    async def _messages(self, outbox: asyncio.Queue[gang_pb2.RouterMessage]) -> AsyncIterator[gang_pb2.RouterMessage]:
+    async def _messages(
+        self, outbox: asyncio.Queue[gang_pb2.RouterMessage | None]
+    ) -> AsyncIterator[gang_pb2.RouterMessage]:
         """What goes to the rank; gRPC asks for the next when the last is on its way."""
         hello = gang_pb2.Hello(
             router_id=self._router_id, gang_id=self.gang_id, epoch=self.epoch, incarnation=self.incarnation
         )
         yield gang_pb2.RouterMessage(hello=hello)
-        while True:
-            yield await outbox.get()
+        while (message := await outbox.get()) is not None:
+            yield message
 
     def _dispatch(self, message: gang_pb2.StepOutput) -> None:
         if not self._is_current(message):

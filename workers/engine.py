@@ -28,6 +28,9 @@ class Load:
     """Sequences it runs at once at most."""
     kv_capacity_tokens: int = 0
     """Tokens the pool of blocks of its global layers holds."""
+    bytes_within_host: int = 0
+    """Sent to ranks of the same host."""
+    bytes_between_hosts: int = 0
 
 
 class Engine:
@@ -55,18 +58,34 @@ class Engine:
         self._inbox, self._metrics = inbox, metrics
         self._publish, self._wake_peers = publish, wake_peers
         self._next_step = 1
+        # Sent in epochs that are over.
+        self._rows_sent = self._within_host = self._between_hosts = 0
         self._checked_at = -INTEGRITY_SECONDS
         self._tokens_computed = 0
         self.load = self._load()
         """Replaced after every step, never changed: other threads may read it."""
 
+    def enter(self, epoch: int, exchange: Exchange) -> None:
+        """Go on in another epoch, whose steps are counted from 1; between two calls of `run`.
+
+        A step that was abandoned is planned again: nothing of it was committed. The blocks it was given stay with their
+        sequences, which need them as soon.
+        """
+        before = self._exchange
+        self._rows_sent += before.rows_sent
+        self._within_host += before.bytes_within_host
+        self._between_hosts += before.bytes_between_hosts
+        self._exchange, self._next_step = exchange, 1
+        self._inbox.enter(epoch)
+        self._update_load()
+
     def run(self) -> None:
-        """Step until the inbox is stopped.
+        """Step until the inbox is stopped or interrupted.
 
         Raises:
             ExchangeError: a peer is lost; nothing of the step under way was published.
         """
-        while not self._inbox.stopped:
+        while not self._inbox.interrupted:
             if not self.step():
                 self._park()
 
@@ -133,7 +152,9 @@ class Engine:
             pending_tokens=self._scheduler.pending_tokens,
             kv_usage_ratio=self._scheduler.kv_usage_ratio,
             tokens_computed=self._tokens_computed,
-            tokens_exchanged=self._exchange.rows_sent,
+            tokens_exchanged=self._rows_sent + self._exchange.rows_sent,
             max_num_seqs=self._scheduler.max_num_seqs,
             kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
+            bytes_within_host=self._within_host + self._exchange.bytes_within_host,
+            bytes_between_hosts=self._between_hosts + self._exchange.bytes_between_hosts,
         )

@@ -42,18 +42,22 @@ class Inbox:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._messages: deque[Message] = deque()
-        self._wake_step = 0
+        self._epoch = 0
+        self._woken = 0, 0
+        """The newest step, with its epoch before it, that a peer opened."""
         self._stopped = False
+        self._interrupted = False
 
     def put(self, message: Message) -> None:
         with self._condition:
             self._messages.append(message)
             self._condition.notify()
 
-    def wake(self, step: int) -> None:
-        """A peer opens `step`. Wakes of steps that are over change nothing."""
+    def wake(self, epoch: int, step: int) -> None:
+        """A peer opens `step` of an epoch. Wakes of steps that are over change nothing, however late they come; one of
+        an epoch that has not begun here waits for it."""
         with self._condition:
-            self._wake_step = max(self._wake_step, step)
+            self._woken = max(self._woken, (epoch, step))
             self._condition.notify()
 
     def stop(self) -> None:
@@ -61,9 +65,30 @@ class Inbox:
             self._stopped = True
             self._condition.notify()
 
+    def interrupt(self) -> None:
+        """The epoch is over: the engine is to leave it, parked or not. Holds until `resume`."""
+        with self._condition:
+            self._interrupted = True
+            self._condition.notify()
+
+    def resume(self) -> None:
+        """No more interrupted. Messages wait where they are."""
+        with self._condition:
+            self._interrupted = False
+
+    def enter(self, epoch: int) -> None:
+        """Another epoch begins; its steps are counted anew."""
+        with self._condition:
+            self._epoch = epoch
+
     @property
     def stopped(self) -> bool:
         return self._stopped
+
+    @property
+    def interrupted(self) -> bool:
+        """Stopped counts too."""
+        return self._interrupted or self._stopped
 
     def drain(self) -> list[Message]:
         """Everything that has come, without waiting."""
@@ -73,11 +98,15 @@ class Inbox:
             return messages
 
     def park(self, step: int) -> bool:
-        """Wait until there is a message, a peer opens `step` or later, or the end.
+        """Wait until there is a message, a peer opens `step` of this epoch or a later one, or the end.
 
         Returns:
             True if this rank itself has something to do, so that its peers must be woken.
         """
         with self._condition:
-            self._condition.wait_for(lambda: self._messages or self._wake_step >= step or self._stopped)
-            return self._wake_step < step and bool(self._messages)
+            self._condition.wait_for(lambda: self._messages or self._is_woken(step) or self.interrupted)
+            return bool(self._messages) and not self._is_woken(step) and not self.interrupted
+
+    def _is_woken(self, step: int) -> bool:
+        epoch, woken = self._woken
+        return epoch == self._epoch and woken >= step

@@ -10,7 +10,7 @@ from protos import gang_pb2, gang_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 0.5
 
 
 class Lifeline:
@@ -18,7 +18,7 @@ class Lifeline:
 
     Args:
         joined: the first report.
-        load: called about once a second for the current load, None while there is none.
+        load: called about twice a second for the current load, None while there is none.
         on_command: called on the loop with every command.
     """
 

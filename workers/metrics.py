@@ -52,6 +52,9 @@ EXCHANGE_BYTES = Counter(
 )
 
 
+_OF_EXCHANGE = {"seconds", "bytes_within_host", "bytes_between_hosts", "received_within_host", "received_between_hosts"}
+
+
 class RankMetrics:
     """Writes one rank's series. What changes with every step is summed here and flushed about once a second."""
 
@@ -77,6 +80,14 @@ class RankMetrics:
         self._flushed_at = 0.0
         EPOCH.labels(*self._labels).set(epoch)
         self.flush()
+
+    def enter(self, epoch: int, exchange: Exchange, expert_tokens: dict[int, Tensor]) -> None:
+        """Another epoch, whose exchange counts from 0."""
+        self.flush()
+        self._exchange, self._expert_tokens = exchange, expert_tokens
+        for name in [name for name in self._flushed if name in _OF_EXCHANGE]:
+            del self._flushed[name]
+        EPOCH.labels(*self._labels).set(epoch)
 
     def observe_step(self, seconds: float, num_tokens: int, scheduler: Scheduler) -> None:
         """After each step that computed `num_tokens` here."""

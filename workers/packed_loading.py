@@ -16,7 +16,7 @@ from workers.packed_cache import CacheUnusableError, PackedCache, default_cache_
 from workers.packed_file import Header, Writer, pack_name, plan_header
 from workers.packed_layout import packed_tensors
 from workers.packed_weights import Mapping, mapped_weights, write_pack
-from workers.weights import ModelWeights, load_weights
+from workers.weights import ModelWeights, gain_experts, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,90 @@ class LoadProgress:
     """What an operator should know of where the weights are."""
 
 
+class RankWeights:
+    """A rank's weights through one epoch after the other.
+
+    Args:
+        report: told of the first loading; what it raises ends that.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        model: ModelConfig,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        report: Callable[[LoadProgress], None] = lambda progress: None,
+    ) -> None:
+        self._engine, self._model, self._rank = engine, model, rank
+        self._dtype, self._device, self._report = dtype, device, report
+        self._tensors = packed_tensors(model)
+        self._mapping: Mapping | None = None
+        self._own: ModelWeights | None = None
+        """Where there is no mapping."""
+        self._expert_map: ExpertMap | None = None
+
+    def take(self, expert_map: ExpertMap) -> ModelWeights:
+        """The weights with the experts that a map gives the rank; those taken before are of no use any more.
+
+        What is there stays where it lies. Of what is mapped, gaining an expert costs a look at the table, and its pages
+        from the host's memory; else it is read from the checkpoint.
+
+        Raises:
+            UserError: a tensor is missing, truncated or of another shape than the configuration says.
+            RuntimeError: the disk failed.
+        """
+        if self._mapping is not None:
+            gained = self._mapping.spans(self._tensors, expert_map, self._rank, self._expert_map)
+            self._mapping.populate(gained, lambda done, total: None)
+            weights = mapped_weights(self._mapping, self._model, expert_map, self._rank)
+        elif self._own is not None:
+            weights = gain_experts(self._own, self._checkpoint, self._model, expert_map, self._rank)
+            self._own = weights
+        else:
+            weights = self._take_first(expert_map)
+        self._expert_map = expert_map
+        return weights
+
+    def _take_first(self, expert_map: ExpertMap) -> ModelWeights:
+        reporter = _Reporter(self._report)
+        if self._device.type == "cpu" and self._engine.share_weights:
+            try:
+                mapping = self._map(reporter)
+                mapping.populate(mapping.spans(self._tensors, expert_map, self._rank), reporter.read)
+                self._mapping = mapping
+                return mapped_weights(mapping, self._model, expert_map, self._rank)
+            except CacheUnusableError as error:
+                reporter.note(f"{error}; each rank keeps a copy of its weights instead of sharing them")
+        self._own = load_weights(
+            self._checkpoint(), self._model, expert_map, self._rank, self._dtype, self._device, reporter.read
+        )
+        return self._own
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._engine.model_dir)
+
+    def _map(self, reporter: "_Reporter") -> Mapping:
+        engine, tensors, dtype = self._engine, self._tensors, self._dtype
+        fingerprint = checkpoint_fingerprint(engine.model_dir, tensors)
+        dtype_name = str(dtype).removeprefix("torch.")
+
+        def header() -> Header:
+            return plan_header(tensors, dtype_name, fingerprint, str(engine.model_dir.resolve()))
+
+        def fill(writer: Writer, tick: Callable[[], None]) -> None:
+            write_pack(writer, Checkpoint(engine.model_dir), tensors, dtype, tick)
+
+        cache = PackedCache(engine.weights_cache_dir or default_cache_folder(), engine.weights_cache_bytes)
+        pack = cache.get(pack_name(fingerprint, dtype_name), header, fill, reporter.packed)
+        try:
+            return Mapping(pack)
+        except OSError as error:
+            pack.close()
+            raise CacheUnusableError(f"{pack.path}: cannot be mapped ({error})") from None
+
+
 def rank_weights(
     engine: EngineConfig,
     model: ModelConfig,
@@ -54,43 +138,7 @@ def rank_weights(
         UserError: a tensor is missing, truncated or of another shape than the configuration says.
         RuntimeError: the disk failed.
     """
-    reporter = _Reporter(report)
-    if device.type == "cpu" and engine.share_weights:
-        try:
-            return _packed(engine, model, expert_map, rank, dtype, reporter)
-        except CacheUnusableError as error:
-            reporter.note(f"{error}; each rank keeps a copy of its weights instead of sharing them")
-    checkpoint = Checkpoint(engine.model_dir)
-    return load_weights(checkpoint, model, expert_map, rank, dtype, device, progress=reporter.read)
-
-
-def _packed(
-    engine: EngineConfig,
-    model: ModelConfig,
-    expert_map: ExpertMap,
-    rank: int,
-    dtype: torch.dtype,
-    reporter: "_Reporter",
-) -> ModelWeights:
-    tensors = packed_tensors(model)
-    fingerprint = checkpoint_fingerprint(engine.model_dir, tensors)
-    dtype_name = str(dtype).removeprefix("torch.")
-
-    def header() -> Header:
-        return plan_header(tensors, dtype_name, fingerprint, str(engine.model_dir.resolve()))
-
-    def fill(writer: Writer, tick: Callable[[], None]) -> None:
-        write_pack(writer, Checkpoint(engine.model_dir), tensors, dtype, tick)
-
-    cache = PackedCache(engine.weights_cache_dir or default_cache_folder(), engine.weights_cache_bytes)
-    pack = cache.get(pack_name(fingerprint, dtype_name), header, fill, reporter.packed)
-    try:
-        mapping = Mapping(pack)
-    except OSError as error:
-        pack.close()
-        raise CacheUnusableError(f"{pack.path}: cannot be mapped ({error})") from None
-    mapping.populate(mapping.spans(tensors, expert_map, rank), reporter.read)
-    return mapped_weights(mapping, model, expert_map, rank)
+    return RankWeights(engine, model, rank, dtype, device, report).take(expert_map)
 
 
 class _Reporter:

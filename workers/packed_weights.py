@@ -94,16 +94,23 @@ class Mapping:
             done += nbytes
             progress(done, total)
 
-    def spans(self, tensors: list[PackedTensor], expert_map: ExpertMap, rank: int) -> list[tuple[int, int]]:
-        """Offset and bytes of what `rank` reads: all but the routed experts, and of those the ones it holds."""
+    def spans(
+        self, tensors: list[PackedTensor], expert_map: ExpertMap, rank: int, before: ExpertMap | None = None
+    ) -> list[tuple[int, int]]:
+        """Offset and bytes of what `rank` reads: all but the routed experts, and of those the ones it holds. With
+        `before`, the map it had: only what it has gained since."""
         spans: list[tuple[int, int]] = []
         for tensor in tensors:
             entry = self._header.tensors[tensor.name]
             if tensor.moe_layer < 0:
-                spans.append((entry.offset, entry.nbytes))
+                if before is None:
+                    spans.append((entry.offset, entry.nbytes))
                 continue
             size = entry.nbytes // entry.shape[0]
+            had = set(before.experts_of(tensor.moe_layer, rank)) if before is not None else set()
             for expert in expert_map.experts_of(tensor.moe_layer, rank):
+                if expert in had:
+                    continue
                 start = entry.offset + expert * size
                 if spans and sum(spans[-1]) == start:
                     spans[-1] = spans[-1][0], spans[-1][1] + size

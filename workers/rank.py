@@ -1,15 +1,15 @@
 """One rank: a process with an engine thread and an event loop beside it for everything that talks.
 
 A rank learns from its leader which epoch it is in: the members, their addresses and the expert maps. It then loads the
-experts the map gives it, forms the process group and steps until it is stopped or its leader is gone.
+experts the map gives it, connects with the others and steps until the next epoch begins, it is stopped or its leader is
+gone. Weights, KV memory and sequences stay from one epoch to the next; a step that an epoch's end cuts off is planned
+again in the next.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import platform
-import queue
 import threading
 from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
@@ -19,33 +19,27 @@ import grpc
 import torch
 
 from protos import gang_pb2, gang_pb2_grpc
-from workers.abort_signal import AbortSignal
+from workers.commands import Command, Commands
 from workers.config import RankConfig
-from workers.engine import Engine
+from workers.epoch_exchange import join_exchange
 from workers.errors import ExchangeError, UserError
-from workers.exchange import Exchange, LocalExchange, check_exchange
-from workers.exchange_join import join_mesh
-from workers.exchange_links import Peer
+from workers.exchange import check_exchange
 from workers.exchange_listener import ExchangeListener
 from workers.expert_map import ExpertMap
 from workers.inbox import Inbox
 from workers.lifeline import Lifeline
-from workers.mesh_exchange import MeshShape
-from workers.metrics import RankMetrics
-from workers.model_config import ModelConfig
-from workers.packed_loading import LoadProgress, rank_weights
+from workers.packed_loading import LoadProgress
+from workers.peers import Peers
 from workers.ports import join_address, serve_on
-from workers.runner import TORCH_DTYPES, Runner, resolve_device, resolve_dtype
-from workers.scheduler import Emitted, Scheduler
+from workers.rank_engine import RankEngine
+from workers.scheduler import Emitted
 from workers.token_server import TokenServer
-from workers.torch_exchange import TorchExchange
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 3.0
-STOP_GRACE_SECONDS = 0.3
-JOIN_SECONDS = 3600.0
-"""For the slowest rank's weights; the leader, which sees whether they get on, ends the wait much earlier."""
+LOOP_SECONDS = 60.0
+"""For anything that the engine's thread asks of the event loop, which never waits for long itself."""
 # A prompt of a million tokens is more than the default of 4 MiB.
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -53,6 +47,7 @@ SERVER_OPTIONS = [
     # Else two ranks could have one port, and half of each other's messages.
     ("grpc.so_reuseport", 0),
 ]
+Stage = gang_pb2.Progress.Stage
 
 
 class Rank:
@@ -64,13 +59,10 @@ class Rank:
     def __init__(self, config: RankConfig) -> None:
         self.config = config
         self._inbox = Inbox()
-        self._commands: queue.SimpleQueue[gang_pb2.Epoch | gang_pb2.Stop] = queue.SimpleQueue()
+        self._commands = Commands(self._inbox)
+        self._engine = RankEngine(config, self._inbox, self._report_loading, self._publish, self._wake_peers)
         self._loop = asyncio.new_event_loop()
-        self._engine: Engine | None = None
-        self._exchange: Exchange = LocalExchange()
-        self._joining: AbortSignal | None = None
-        """While the exchange is being joined: ends that."""
-        self._weights_bytes_read = 0
+        self._server: TokenServer | None = None
         self._broken: ConnectionError | None = None
         self._is_open = False
 
@@ -80,24 +72,18 @@ class Rank:
         Raises:
             UserError: the checkpoint or the configuration is at fault; the leader has been told.
             ConnectionError: the leader is gone or never answered.
-            ExchangeError: a peer is lost; the leader has been told.
+            ExchangeError: a peer is lost, and no epoch followed; the leader has been told.
         """
         thread = threading.Thread(target=self._loop.run_forever, name="rank-io", daemon=True)
         thread.start()
         try:
             self._do(self._open())
             self._is_open = True
-            command = self._commands.get()
-            if isinstance(command, gang_pb2.Epoch):
-                self._run_epoch(command)
+            self._follow()
             if self._broken is not None:
                 raise self._broken
         except Exception as error:
-            # Whoever stops the gang tears down its exchanges too: what fails then is no failure. A peer that heard it
-            # a moment earlier has left already.
-            if isinstance(error, ExchangeError) and not self._inbox.stopped:
-                with contextlib.suppress(queue.Empty):
-                    self._commands.get(timeout=STOP_GRACE_SECONDS)
+            # Whoever stops the gang tears down its exchanges too: what fails then is no failure.
             if self._inbox.stopped and self._broken is None:
                 return
             if not isinstance(error, ConnectionError):
@@ -110,102 +96,88 @@ class Rank:
             thread.join(STOP_SECONDS)
 
     def stop(self) -> None:
-        self._inbox.stop()
         self._commands.put(gang_pb2.Stop())
-        if (joining := self._joining) is not None:
-            joining.set()
 
     # ---- engine thread -------------------------------------------------------------------------------------------
 
-    def _run_epoch(self, epoch: gang_pb2.Epoch) -> None:
-        config, engine_config = self.config, self.config.engine
-        torch.set_num_threads(engine_config.threads or max(1, (os.cpu_count() or 1) // config.ranks_on_host))
-        device = resolve_device(engine_config.device)
-        model = ModelConfig.from_folder(engine_config.model_dir)
-        dtype = resolve_dtype(engine_config, model)
-        expert_map = ExpertMap.from_proto(epoch.layers)
-        self._enter(epoch, gang_pb2.Progress.STAGE_WEIGHTS)
-        weights = rank_weights(
-            engine_config, model, expert_map, config.rank, TORCH_DTYPES[dtype], device, self._report_loading
-        )
-        self._enter(epoch, gang_pb2.Progress.STAGE_GROUP)
-        self._exchange = exchange = self._join_exchange(epoch, model, weights.embedding.dtype, device)
-        members = [member.rank for member in epoch.members]
+    def _follow(self) -> None:
+        """Do what the leader says, one epoch after the other, until it says stop."""
+        suspicion: ExchangeError | None = None
+        while True:
+            match command := self._next_command(suspicion):
+                case gang_pb2.Stop():
+                    return
+                case gang_pb2.Prepare():
+                    self._prepare(ExpertMap.from_proto(command.layers))
+                case _:
+                    suspicion = self._run_epoch(command)
+
+    def _next_command(self, suspicion: ExchangeError | None) -> Command:
+        """Waits as long as there is a leader. With a suspicion, which the leader alone can judge: for so long as it is
+        given to answer."""
+        if suspicion is None:
+            return self._commands.take()
         try:
-            self._enter(epoch, gang_pb2.Progress.STAGE_FIRST_EXCHANGE)
-            check_exchange(exchange, model.hidden_size, weights.embedding.dtype, device)
-            runner = Runner(engine_config, model, weights, expert_map, members, exchange)
-            scheduler = Scheduler(
-                runner.blocks,
-                engine_config.max_num_batched_tokens,
-                engine_config.max_num_seqs,
-                engine_config.prefix_cache,
-                engine_config.prefill_step_ratio,
-            )
-            counts = [layer.routed.tokens_E for layer in runner.model.moe_layers]
-            expert_tokens = dict(zip(model.moe_layers, counts, strict=True))
-            metrics = RankMetrics(config.gang_id, config.rank, epoch.epoch, exchange, runner.clock, expert_tokens)
-            header = gang_pb2.StepOutput(
-                gang_id=config.gang_id, epoch=epoch.epoch, rank=config.rank, incarnation=config.incarnation
-            )
-            server = TokenServer(header, self._inbox, model.vocab_size, runner.max_model_len)
-            peers = [member.address for member in epoch.members if member.rank != config.rank]
-            wake = gang_pb2.WakeRequest(gang_id=config.gang_id, epoch=epoch.epoch)
+            return self._commands.take(self.config.lifeline_timeout_s)
+        except TimeoutError:
+            raise suspicion from None
 
-            def publish(step: int, emitted: list[Emitted]) -> None:
-                self._loop.call_soon_threadsafe(server.publish, step, emitted, self._load())
+    def _prepare(self, expert_map: ExpertMap) -> None:
+        if not self._engine.has_weights:
+            self._enter(0, Stage.STAGE_WEIGHTS)
+        self._engine.prepare(expert_map)
+        if self._server is None:
+            self._do(self._announce(gang_pb2.Epoch()))
+        self._enter(0, Stage.STAGE_GROUP)
 
-            def wake_peers(step: int) -> None:
-                asyncio.run_coroutine_threadsafe(self._wake(peers, wake, step), self._loop)
+    def _run_epoch(self, epoch: gang_pb2.Epoch) -> ExchangeError | None:
+        """Step until it is over; returns what broke it, if it was not a command."""
+        try:
+            self._step_in(epoch)
+        except ExchangeError as error:
+            if self._commands.is_interrupted:
+                log.info("rank %d left epoch %d: %s", self.config.rank, epoch.epoch, error)
+                return None
+            # Perhaps a peer is dead; the leader knows, and will say what follows.
+            log.warning("rank %d left epoch %d: %s", self.config.rank, epoch.epoch, error)
+            return error
+        return None
 
-            self._engine = Engine(runner, scheduler, exchange, self._inbox, metrics, publish, wake_peers)
-            self._do(self._serve(server))
-            self._lifeline.send(
-                gang_pb2.RankReport(
-                    epoch_ready=gang_pb2.EpochReady(epoch=epoch.epoch, max_model_len=runner.max_model_len, dtype=dtype)
-                )
-            )
-            self._engine.run()
-            metrics.flush()
+    def _step_in(self, epoch: gang_pb2.Epoch) -> None:
+        engine, expert_map = self._engine, ExpertMap.from_proto(epoch.layers)
+        if not engine.has_weights:
+            self._enter(epoch.epoch, Stage.STAGE_WEIGHTS)
+        engine.load(expert_map)
+        self._enter(epoch.epoch, Stage.STAGE_GROUP)
+        if self._commands.is_interrupted:
+            return
+        rows = engine.rows
+        exchange = join_exchange(epoch, self.config, rows, self._listener, self._commands.attach)
+        try:
+            self._enter(epoch.epoch, Stage.STAGE_FIRST_EXCHANGE)
+            check_exchange(exchange, rows.dim, rows.dtype, rows.device)
+            engine.enter(epoch.epoch, [member.rank for member in epoch.members], expert_map, exchange)
+            self._do(self._announce(epoch))
+            ready = gang_pb2.EpochReady(epoch=epoch.epoch, max_model_len=engine.max_model_len, dtype=engine.dtype)
+            self._lifeline.send(gang_pb2.RankReport(epoch_ready=ready))
+            engine.run()
         finally:
+            self._commands.detach()
             exchange.close()
 
-    def _join_exchange(
-        self, epoch: gang_pb2.Epoch, model: ModelConfig, dtype: torch.dtype, device: torch.device
-    ) -> Exchange:
-        index = [member.rank for member in epoch.members].index(self.config.rank)
-        engine, size = self.config.engine, len(epoch.members)
-        if size == 1:
-            return LocalExchange()
-        top_k, row_bytes, timeout_s = (
-            model.experts_per_token,
-            model.hidden_size * dtype.itemsize,
-            engine.exchange_timeout_s,
-        )
-        if device.type == "cpu" and engine.exchange != "torch":
-            # The first exchange has a row for everybody.
-            capacity = max(engine.max_num_batched_tokens, size) * top_k
-            return self._join_mesh(epoch, MeshShape(capacity, top_k, row_bytes, timeout_s))
-        where = (epoch.store_address, epoch.epoch, index, size, self.config.host, device)
-        hosts = [member.host for member in epoch.members]
-        return TorchExchange(*where, top_k, row_bytes, timeout_s, hosts=hosts)
+    def _publish(self, step: int, emitted: list[Emitted]) -> None:
+        load = self._engine.load_report()
+        assert self._server is not None
+        assert load is not None
+        self._loop.call_soon_threadsafe(self._server.publish, step, emitted, load)
 
-    def _join_mesh(self, epoch: gang_pb2.Epoch, shape: MeshShape) -> Exchange:
-        peers = [Peer(each.rank, each.incarnation, each.host, each.exchange_address) for each in epoch.members]
-        self._joining = joining = AbortSignal()
-        if self._inbox.stopped:
-            joining.set()
-        exchange = join_mesh(
-            self._listener, epoch.epoch, peers, shape, joining, JOIN_SECONDS, self.config.engine.exchange
-        )
-        self._joining = None
-        return exchange
+    def _wake_peers(self, epoch: int, step: int) -> None:
+        asyncio.run_coroutine_threadsafe(self._peers.wake(self.config.gang_id, epoch, step), self._loop)
 
-    def _enter(self, epoch: gang_pb2.Epoch, stage: gang_pb2.Progress.Stage.ValueType) -> None:
-        self._lifeline.send(gang_pb2.RankReport(progress=gang_pb2.Progress(epoch=epoch.epoch, stage=stage)))
+    def _enter(self, epoch: int, stage: gang_pb2.Progress.Stage.ValueType) -> None:
+        self._lifeline.send(gang_pb2.RankReport(progress=gang_pb2.Progress(epoch=epoch, stage=stage)))
 
     def _report_loading(self, progress: LoadProgress) -> None:
-        self._weights_bytes_read = progress.read
         if self._inbox.stopped:
             raise InterruptedError("stopped while loading")
         loading = gang_pb2.Loading(
@@ -227,19 +199,19 @@ class Rank:
         self._do(asyncio.sleep(0.2))
 
     def _do(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(LOOP_SECONDS)
 
     # ---- event loop ----------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        # Until the epoch is ready nobody has this rank's address from the leader; connections wait for `_serve`.
-        self._server = server = grpc.aio.server(options=SERVER_OPTIONS)
+        # Until the epoch is ready nobody has this rank's address from the leader; connections wait for `_announce`.
+        self._grpc = server = grpc.aio.server(options=SERVER_OPTIONS)
         config, host = self.config, self.config.host
 
         def bind(port: int) -> int:
             return int(server.add_insecure_port(join_address(host, port)))
 
+        self._peers = Peers(config.rank)
         self._listener = ExchangeListener(config.gang_id, config.rank, config.incarnation, host, config.exchange_ports)
         try:
             port = serve_on(config.rank_ports, host, "rank_ports", bind)
@@ -247,22 +219,32 @@ class Rank:
             self._listener.close()
             raise
         joined = gang_pb2.Joined(
-            gang_id=self.config.gang_id,
-            rank=self.config.rank,
-            incarnation=self.config.incarnation,
+            gang_id=config.gang_id,
+            rank=config.rank,
+            incarnation=config.incarnation,
             pid=os.getpid(),
-            host=self.config.host,
+            host=host,
             address=join_address(host, port),
-            device=self.config.engine.device,
+            device=config.engine.device,
             versions=_versions(),
             exchange_address=self._listener.address,
         )
-        self._lifeline = Lifeline(self.config.leader_address, joined, self._load_report, self._on_command)
+        self._lifeline = Lifeline(config.leader_address, joined, self._engine.load_report, self._on_command)
         self._lifeline_task = asyncio.create_task(self._hold_lifeline())
 
-    async def _serve(self, server: TokenServer) -> None:
-        gang_pb2_grpc.add_RankServicer_to_server(server, self._server)
-        await self._server.start()
+    async def _announce(self, epoch: gang_pb2.Epoch) -> None:
+        """Serve as a member of the epoch."""
+        await self._peers.enter(epoch)
+        if self._server is not None:
+            await self._server.enter(epoch.epoch)
+            return
+        config, engine = self.config, self._engine
+        header = gang_pb2.StepOutput(
+            gang_id=config.gang_id, epoch=epoch.epoch, rank=config.rank, incarnation=config.incarnation
+        )
+        self._server = TokenServer(header, self._inbox, engine.model.vocab_size, engine.max_model_len)
+        gang_pb2_grpc.add_RankServicer_to_server(self._server, self._grpc)
+        await self._grpc.start()
 
     async def _hold_lifeline(self) -> None:
         try:
@@ -272,50 +254,19 @@ class Rank:
         self.stop()
 
     def _on_command(self, command: gang_pb2.LeaderCommand) -> None:
-        if command.WhichOneof("message") == "epoch":
-            self._commands.put(command.epoch)
-        else:
-            self.stop()
-
-    async def _wake(self, peers: list[str], request: gang_pb2.WakeRequest, step: int) -> None:
-        wake = gang_pb2.WakeRequest()
-        wake.CopyFrom(request)
-        wake.step = step
-        for address in peers:
-            if address not in self._channels:
-                self._channels[address] = grpc.aio.insecure_channel(address)
-        calls = [gang_pb2_grpc.RankStub(self._channels[address]).Wake(wake, timeout=30) for address in peers]
-        for address, result in zip(peers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(result, BaseException):
-                # The exchange will time out on that peer; the leader decides.
-                log.warning("rank %d could not wake %s: %s", self.config.rank, address, result)
+        match command.WhichOneof("message"):
+            case "epoch":
+                self._commands.put(command.epoch)
+            case "prepare":
+                self._commands.put(command.prepare)
+            case _:
+                self.stop()
 
     async def _close(self) -> None:
         self._lifeline_task.cancel()
-        await self._server.stop(grace=0.2)
+        await self._grpc.stop(grace=0.2)
         self._listener.close()
-        for channel in self._channels.values():
-            await channel.close(None)
-
-    def _load(self) -> gang_pb2.RankLoad:
-        assert self._engine is not None
-        load = self._engine.load
-        return gang_pb2.RankLoad(
-            running=load.running,
-            waiting=load.waiting,
-            pending_tokens=load.pending_tokens,
-            kv_usage_ratio=load.kv_usage_ratio,
-            tokens_computed=load.tokens_computed,
-            tokens_exchanged=load.tokens_exchanged,
-            weights_bytes_read=self._weights_bytes_read,
-            max_num_seqs=load.max_num_seqs,
-            kv_capacity_tokens=load.kv_capacity_tokens,
-            bytes_within_host=self._exchange.bytes_within_host,
-            bytes_between_hosts=self._exchange.bytes_between_hosts,
-        )
-
-    def _load_report(self) -> gang_pb2.RankLoad | None:
-        return self._load() if self._engine is not None else None
+        await self._peers.close()
 
 
 def _versions() -> dict[str, str]:

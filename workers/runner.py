@@ -71,10 +71,15 @@ class Runner:
         sizes = pool_sizes(model, engine, dtype.itemsize)
         self.blocks = KVBlocks(sizes.num_global, sizes.num_local, engine.block_size, model.chunk_size)
         self.max_model_len = _max_model_len(engine, model, self.blocks)
-        cache = KVCache(model, sizes, engine.block_size, dtype, self._device)
+        self._cache = KVCache(model, sizes, engine.block_size, dtype, self._device)
+        self._config = model
         self.clock = StepClock()
-        make = _model_class(engine, model, weights)
-        self.model = make(model, weights, cache, expert_map, members, exchange, self.clock)
+        self._make = _model_class(engine, model, weights)
+        self.reshape(weights, expert_map, members, exchange)
+
+    def reshape(self, weights: ModelWeights, expert_map: ExpertMap, members: list[int], exchange: Exchange) -> None:
+        """Go on in another epoch: what is in the KV memory stays."""
+        self.model = self._make(self._config, weights, self._cache, expert_map, members, exchange, self.clock)
 
     def execute(self, plan: Rows[Scheduled]) -> list[Sample]:
         """Run the step, with no rows where the plan is empty; samples are in the plan's order."""

@@ -24,7 +24,7 @@ _FINISH = {
 
 
 class TokenServer(gang_pb2_grpc.RankServicer):
-    """Serves `caravan.internal.v1.Rank` for one epoch of one rank. All methods run on the server's event loop.
+    """Serves `caravan.internal.v1.Rank` for one rank. All methods run on the server's event loop.
 
     Args:
         header: a StepOutput with gang, epoch, rank and incarnation set.
@@ -36,6 +36,10 @@ class TokenServer(gang_pb2_grpc.RankServicer):
         self._header, self._inbox = header, inbox
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self._routers: dict[str, asyncio.Queue[gang_pb2.StepOutput]] = {}
+
+    async def enter(self, epoch: int) -> None:
+        """What is submitted to another epoch is refused from now on."""
+        self._header.epoch = epoch
 
     async def Connect(
         self,
@@ -74,8 +78,8 @@ class TokenServer(gang_pb2_grpc.RankServicer):
         request: gang_pb2.WakeRequest,
         context: grpc.aio.ServicerContext[gang_pb2.WakeRequest, gang_pb2.WakeResponse],
     ) -> gang_pb2.WakeResponse:
-        if request.gang_id == self._header.gang_id and request.epoch == self._header.epoch:
-            self._inbox.wake(request.step)
+        if request.gang_id == self._header.gang_id:
+            self._inbox.wake(request.epoch, request.step)
         return gang_pb2.WakeResponse()
 
     def publish(self, step: int, emitted: list[Emitted], load: gang_pb2.RankLoad) -> None:

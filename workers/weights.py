@@ -1,7 +1,7 @@
 """A rank's weights: everything but the routed experts, and of those the ones its expert map names."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,19 @@ class ExpertWeights:
     """[slots, 2 · inner, hidden]."""
     down: Tensor
     """[slots, hidden, inner]."""
+
+    def holding(self, experts: list[int]) -> "ExpertWeights":
+        """With a place for each of `experts`; what is held of them already stays in its own."""
+        slot_of = {expert: slot for expert, slot in zip(self.experts, self.slots, strict=True) if expert in experts}
+        free = sorted(set(range(len(self.down))) - set(slot_of.values()))
+        more = len(experts) - len(slot_of) - len(free)
+        gate_up, down = (
+            torch.cat([tensor, tensor.new_empty(more, *tensor.shape[1:])]) if more > 0 else tensor
+            for tensor in (self.gate_up, self.down)
+        )
+        places = iter([*free, *range(len(self.down), len(down))])
+        slots = [slot_of[expert] if expert in slot_of else next(places) for expert in experts]
+        return ExpertWeights(experts, slots, gate_up, down)
 
 
 @dataclass
@@ -88,6 +101,30 @@ def load_weights(
     return _Loader(checkpoint, config, expert_map, rank, dtype, device, progress).load()
 
 
+def gain_experts(
+    weights: ModelWeights, checkpoint: Callable[[], Checkpoint], config: ModelConfig, expert_map: ExpertMap, rank: int
+) -> ModelWeights:
+    """The weights for another map. Everything stays where it lies; experts that `rank` gains are read, into the places
+    of those it lost, and into new ones where these are too few. `weights` is of no use any more.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    tensor = weights.embedding
+    loader: _Loader | None = None
+    layers = list(weights.layers)
+    for index, number in enumerate(config.moe_layers):
+        mlp = layers[number].mlp
+        assert isinstance(mlp, MoeWeights)
+        held = expert_map.experts_of(index, rank)
+        routed = mlp.routed.holding(held)
+        if gained := sorted(set(held) - set(mlp.routed.experts)):
+            loader = loader or _Loader(checkpoint(), config, expert_map, rank, tensor.dtype, tensor.device)
+            loader.read_experts(f"model.layers.{number}.feed_forward.", routed, gained)
+        layers[number] = replace(layers[number], mlp=replace(mlp, routed=routed))
+    return replace(weights, layers=layers)
+
+
 @dataclass
 class _Loader:
     checkpoint: Checkpoint
@@ -96,7 +133,7 @@ class _Loader:
     rank: int
     dtype: torch.dtype
     device: torch.device
-    progress: Callable[[int, int], None]
+    progress: Callable[[int, int], None] = lambda done, total: None
 
     def load(self) -> ModelWeights:
         c = self.config
@@ -148,20 +185,30 @@ class _Loader:
         c = self.config
         experts, hidden, inner = c.num_experts, c.hidden_size, c.expert_mlp_size
         held = self.expert_map.experts_of(moe_layer, self.rank)
-        gate_up = torch.empty(len(held), 2 * inner, hidden, dtype=self.dtype, device=self.device)
-        down = torch.empty(len(held), hidden, inner, dtype=self.dtype, device=self.device)
-        for slot, expert in enumerate(held):
-            # Stored to be applied as x @ W, [in, out]; kept as [out, in], whose rows are read in one run.
-            for out, name, shape in (
-                (gate_up, "gate_up_proj", (experts, hidden, 2 * inner)),
-                (down, "down_proj", (experts, inner, hidden)),
-            ):
-                out[slot] = self.checkpoint.expert(f"{prefix}experts.{name}", expert, shape, self.dtype).t()
+        routed = ExpertWeights(
+            held,
+            list(range(len(held))),
+            torch.empty(len(held), 2 * inner, hidden, dtype=self.dtype, device=self.device),
+            torch.empty(len(held), hidden, inner, dtype=self.dtype, device=self.device),
+        )
+        self.read_experts(prefix, routed, held)
         return MoeWeights(
             router=self._get(prefix + "router.weight", experts, hidden),
             shared=self._mlp(prefix + "shared_expert.", inner),
-            routed=ExpertWeights(held, list(range(len(held))), gate_up, down),
+            routed=routed,
         )
+
+    def read_experts(self, prefix: str, routed: ExpertWeights, experts: list[int]) -> None:
+        """Into their places; `experts` are of those held."""
+        c = self.config
+        slot_of = dict(zip(routed.experts, routed.slots, strict=True))
+        for expert in experts:
+            # Stored to be applied as x @ W, [in, out]; kept as [out, in], whose rows are read in one run.
+            for out, name, shape in (
+                (routed.gate_up, "gate_up_proj", (c.num_experts, c.hidden_size, 2 * c.expert_mlp_size)),
+                (routed.down, "down_proj", (c.num_experts, c.expert_mlp_size, c.hidden_size)),
+            ):
+                out[slot_of[expert]] = self.checkpoint.expert(f"{prefix}experts.{name}", expert, shape, self.dtype).t()
 
     def _bytes_needed(self) -> int:
         c = self.config

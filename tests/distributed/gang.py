@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,14 @@ class Leader(gang_pb2_grpc.LeaderServicer):
     async def Lifeline(self, request_iterator: Any, context: Any) -> AsyncIterator[gang_pb2.LeaderCommand]:
         first = await anext(aiter(request_iterator))
         rank = first.joined.rank
+        # What was meant for an earlier incarnation is not for this one.
+        self._commands[rank] = commands = asyncio.Queue()
+        self.lost.discard(rank)
         await self._report(rank, first)
         reader = asyncio.create_task(self._read(rank, request_iterator))
         try:
             while True:
-                yield await self._commands[rank].get()
+                yield await commands.get()
         finally:
             reader.cancel()
 
@@ -114,6 +117,12 @@ class Gang:
     """Where ranks need one."""
     config: EngineConfig
     processes: dict[int, Any]
+    """By rank: of its newest incarnation."""
+    configs: dict[int, RankConfig]
+    expert_map: ExpertMap | None = None
+    """Of the newest epoch."""
+    replaced: list[Any] = field(default_factory=list)
+    """Processes of older incarnations."""
 
     @property
     def ranks(self) -> list[int]:
@@ -122,13 +131,48 @@ class Gang:
     async def joined(self) -> None:
         await self.leader.wait("join", lambda: all(self.leader.all_of(rank, "joined") for rank in self.ranks))
 
-    def open_epoch(self, expert_map: ExpertMap | None = None) -> None:
-        """Tell every rank of the epoch, its members in descending order."""
+    async def kill(self, *ranks: int, wait: bool = True) -> None:
+        """SIGKILL; with `wait`, until their lifelines have ended."""
+        for rank in ranks:
+            self.processes[rank].kill()
+        if wait:
+            await self.leader.wait("end of lifelines", lambda: self.leader.lost >= set(ranks))
+
+    async def respawn(self, rank: int) -> None:
+        """Start a rank's next incarnation, until it has joined."""
+        self.replaced.append(self.processes[rank])
+        before = len(self.leader.all_of(rank, "joined"))
+        self.configs[rank] = replace(self.configs[rank], incarnation=self.configs[rank].incarnation + 10)
+        self.processes[rank] = context.Process(target=run_rank, args=(self.configs[rank],), daemon=True)
+        self.processes[rank].start()
+        await self.leader.wait("join", lambda: len(self.leader.all_of(rank, "joined")) > before)
+
+    async def prepare(self, rank: int, members: Sequence[int]) -> None:
+        """Have a rank load what it will need beside these others, until it has."""
+        assert self.expert_map is not None
+        layers = self.expert_map.over(sorted({*members, rank})).to_proto()
+        self.leader.command(rank, prepare=gang_pb2.Prepare(layers=layers))
+        await self.leader.wait(
+            "preparation",
+            lambda: any(
+                progress.epoch == 0 and progress.stage == gang_pb2.Progress.STAGE_GROUP
+                for progress in self.leader.all_of(rank, "progress")
+            ),
+        )
+
+    def open_epoch(
+        self, expert_map: ExpertMap | None = None, epoch: int = EPOCH, members: Sequence[int] | None = None
+    ) -> None:
+        """Tell every member of the epoch; members are in descending order. Later epochs have the map that follows from
+        the one before."""
         model = ModelConfig.from_folder(self.config.model_dir)
-        expert_map = expert_map or ExpertMap.even(model.num_moe_layers, model.num_experts, self.ranks)
-        members = [self.leader.last(rank, "joined") for rank in sorted(self.ranks, reverse=True)]
-        epoch = gang_pb2.Epoch(
-            epoch=EPOCH,
+        ranks = sorted(self.ranks if members is None else members, reverse=True)
+        if expert_map is None and self.expert_map is not None:
+            expert_map = self.expert_map.over(sorted(ranks))
+        self.expert_map = expert_map or ExpertMap.even(model.num_moe_layers, model.num_experts, self.ranks)
+        joined = [self.leader.last(rank, "joined") for rank in ranks]
+        command = gang_pb2.Epoch(
+            epoch=epoch,
             members=[
                 gang_pb2.Member(
                     rank=member.rank,
@@ -137,13 +181,26 @@ class Gang:
                     host=member.host,
                     exchange_address=member.exchange_address,
                 )
-                for member in members
+                for member in joined
             ],
             store_address=self.store.address if self.store else "",
-            layers=expert_map.to_proto(),
+            layers=self.expert_map.to_proto(),
         )
-        for rank in self.ranks:
-            self.leader.command(rank, epoch=epoch)
+        for rank in ranks:
+            self.leader.command(rank, epoch=command)
+
+    async def reshape(self, epoch: int, members: Sequence[int], timeout_s: float = 30.0) -> None:
+        """Begin an epoch, until every member is in it."""
+        self.open_epoch(epoch=epoch, members=members)
+        await self.entered(epoch, members, timeout_s)
+
+    async def entered(self, epoch: int, members: Sequence[int], timeout_s: float = 30.0) -> None:
+        def is_entered() -> bool:
+            return all(
+                any(ready.epoch == epoch for ready in self.leader.all_of(rank, "epoch_ready")) for rank in members
+            )
+
+        await self.leader.wait(f"entry to epoch {epoch}", is_entered, timeout_s)
 
     async def ready(self) -> None:
         leader = self.leader
@@ -184,22 +241,24 @@ async def start_gang(
     wait: bool = True,
     folders: dict[int, Path] | None = None,
     hosts: Sequence[str] = (),
+    lifeline_timeout_s: float = 20.0,
     **config: Any,
 ) -> AsyncIterator[Gang]:
     """Ranks 0 to size - 1, joined and, with `wait`, ready. Whatever happens, no process is left.
 
     Args:
         folders: other checkpoints for some ranks.
+        lifeline_timeout_s: that a rank gives its leader to answer.
         hosts: address of each rank's host; empty: all are on one.
         config: of the engines.
     """
     engine, hosts = engine_config(folder, **config), hosts or [HOST] * size
     leader, store = Leader(), RendezvousStore(HOST) if engine.needs_store else None
     await leader.start()
-    processes = {}
+    processes, configs = {}, {}
     for rank in range(size):
         own = replace(engine, model_dir=(folders or {}).get(rank, folder))
-        rank_config = RankConfig(
+        configs[rank] = RankConfig(
             gang_id=GANG,
             rank=rank,
             incarnation=10 + rank,
@@ -207,11 +266,11 @@ async def start_gang(
             host=hosts[rank],
             ranks_on_host=hosts.count(hosts[rank]),
             engine=own,
-            lifeline_timeout_s=20.0,
+            lifeline_timeout_s=lifeline_timeout_s,
         )
-        processes[rank] = context.Process(target=run_rank, args=(rank_config,), daemon=True)
+        processes[rank] = context.Process(target=run_rank, args=(configs[rank],), daemon=True)
         processes[rank].start()
-    gang = Gang(leader, store, engine, processes)
+    gang = Gang(leader, store, engine, processes, configs)
     try:
         await gang.joined()
         if wait:
@@ -219,7 +278,7 @@ async def start_gang(
             await gang.ready()
         yield gang
     finally:
-        for process in processes.values():
+        for process in (*gang.replaced, *gang.processes.values()):
             process.kill()
             process.join(10)
         await leader.close()

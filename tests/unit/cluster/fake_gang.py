@@ -28,6 +28,7 @@ class FakeRank:
         self.config = config
         self.behaviour = behaviour
         self.epoch: gang_pb2.Epoch | None = None
+        self.prepared: gang_pb2.Prepare | None = None
         self.stop_reason = ""
         self.status: grpc.StatusCode | None = None
         self.details = ""
@@ -63,6 +64,11 @@ class FakeRank:
                     if command.HasField("stop"):
                         self.stop_reason = command.stop.reason
                         break
+                    if command.HasField("prepare"):
+                        self.prepared = command.prepare
+                        if self.behaviour != "never prepared":
+                            self._progress(0, gang_pb2.Progress.STAGE_GROUP)
+                        continue
                     self.epoch = command.epoch
                     await self._take(command.epoch.epoch)
             except grpc.aio.AioRpcError as error:
@@ -70,10 +76,15 @@ class FakeRank:
             finally:
                 writer.cancel()
 
+    def _progress(self, epoch: int, stage: "gang_pb2.Progress.Stage.ValueType") -> None:
+        self.reports.put_nowait(gang_pb2.RankReport(progress=gang_pb2.Progress(epoch=epoch, stage=stage)))
+
     async def _take(self, epoch: int) -> None:
         self.reports.put_nowait(gang_pb2.RankReport(loading=gang_pb2.Loading(bytes_read=10, bytes_total=20)))
         if self.behaviour == "bad checkpoint":
             self.fail("model.safetensors: tensor lm_head.weight is missing", is_user_error=True)
+        elif self.behaviour == "enters no second epoch" and epoch > self.config.incarnation:
+            pass
         elif self.behaviour not in ("never ready", "stays at weights"):
             ready = gang_pb2.EpochReady(epoch=epoch, max_model_len=1000 - self.config.rank, dtype="float32")
             self.reports.put_nowait(gang_pb2.RankReport(epoch_ready=ready))

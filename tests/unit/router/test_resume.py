@@ -362,3 +362,33 @@ async def test_siblings_share_an_id_and_a_seed(house):
     submits = house.ranks[0].submits
     assert sorted(s.sibling for s in submits) == [0, 1, 2, 3]
     assert {(s.sampling.seed, s.request_id) for s in submits} == {(5, "r")}
+
+
+async def test_a_client_whose_first_connection_is_dropped_tries_again(house, tokenizer):
+    """A router that dies resets the connections it has not taken yet; the next one comes to another router."""
+    proxy = await CuttingProxy([house.address], cuts=0, seed=0).start()
+    take, drops = proxy.take, 2
+
+    async def drop_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal drops
+        drops -= 1
+        if drops >= 0:
+            writer.transport.abort()
+        else:
+            await take(reader, writer)
+
+    proxy.take = drop_first
+    await proxy.stop()
+    await proxy.start()
+    prompt = ids_of(tokenizer, TEXT).ids
+
+    def talk(retries: Retries) -> Completion:
+        with Client(f"127.0.0.1:{proxy.port}", retries=retries) as client:
+            return client.complete(make_request(prompt, max_tokens=5))
+
+    assert len((await asyncio.to_thread(talk, PATIENT)).token_ids) == 5
+    assert drops < 0
+    drops = 1
+    with pytest.raises(CaravanError, match="no server answers at"):
+        await asyncio.to_thread(talk, Retries(attempts=1))
+    await proxy.stop()

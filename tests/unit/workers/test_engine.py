@@ -340,7 +340,7 @@ def test_a_rank_with_work_wakes_its_peers_once(maverick: Written) -> None:
             time.sleep(0.05)
         # A peer's wake: a step, and nobody is woken for it.
         steps = list(woken)
-        rank.inbox.wake(collected.steps[-1] + 2)
+        rank.inbox.wake(0, collected.steps[-1] + 2)
         time.sleep(0.1)
         assert woken == steps
     assert len(woken) == 3

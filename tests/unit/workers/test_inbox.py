@@ -48,8 +48,8 @@ def parked(inbox: Inbox, step: int = 5) -> Iterator[Parked]:
     [
         (lambda inbox: inbox.put(MESSAGE), True),
         (lambda inbox: inbox.put(RouterGone("a")), True),
-        (lambda inbox: inbox.wake(5), False),
-        (lambda inbox: inbox.wake(6), False),
+        (lambda inbox: inbox.wake(0, 5), False),
+        (lambda inbox: inbox.wake(0, 6), False),
         (lambda inbox: inbox.stop(), False),
     ],
 )
@@ -63,12 +63,12 @@ def test_what_ends_the_wait(event: Callable[[Inbox], None], wakes_peers: bool) -
 
 def test_wakes_of_steps_that_are_over_change_nothing() -> None:
     inbox = Inbox()
-    inbox.wake(4)
+    inbox.wake(0, 4)
     with parked(inbox, step=5) as thread:
-        inbox.wake(3)
-        inbox.wake(4)
+        inbox.wake(0, 3)
+        inbox.wake(0, 4)
         assert not thread.returned(0.1)
-        inbox.wake(5)
+        inbox.wake(0, 5)
         assert thread.returned(5)
 
 
@@ -76,11 +76,11 @@ def test_wakes_of_steps_that_are_over_change_nothing() -> None:
     ("before", "result"),
     [
         (lambda inbox: inbox.put(MESSAGE), True),
-        (lambda inbox: inbox.wake(5), False),
+        (lambda inbox: inbox.wake(0, 5), False),
         # A peer has opened the step already: it has woken everyone.
-        (lambda inbox: (inbox.put(MESSAGE), inbox.wake(5)), False),
+        (lambda inbox: (inbox.put(MESSAGE), inbox.wake(0, 5)), False),
         # The wake was of an older step: this rank's own work still has to wake the others.
-        (lambda inbox: (inbox.put(MESSAGE), inbox.wake(4)), True),
+        (lambda inbox: (inbox.put(MESSAGE), inbox.wake(0, 4)), True),
     ],
 )
 def test_what_came_before_the_wait_is_not_lost(before: Callable[[Inbox], object], result: bool) -> None:
@@ -120,7 +120,7 @@ def test_a_parked_thread_burns_no_cpu() -> None:
     inbox = Inbox()
     with parked(inbox) as thread:
         time.sleep(0.5)
-        inbox.wake(5)
+        inbox.wake(0, 5)
         assert thread.returned(5)
     assert thread.cpu_seconds < 0.01
 
@@ -131,3 +131,57 @@ def test_stop_stays() -> None:
     inbox.stop()
     assert inbox.stopped
     assert inbox.park(1) is False
+
+
+def test_an_interruption_ends_the_wait_and_holds_until_resume() -> None:
+    inbox = Inbox()
+    with parked(inbox) as thread:
+        inbox.interrupt()
+        assert thread.returned(5)
+        assert thread.result is False
+    inbox = Inbox()
+    inbox.put(MESSAGE)
+    inbox.interrupt()
+    assert inbox.interrupted and not inbox.stopped
+    # With work, too: nobody is woken for an epoch that is over.
+    assert inbox.park(1) is False
+    inbox.resume()
+    assert not inbox.interrupted
+    assert inbox.park(1) is True
+    assert inbox.drain() == [MESSAGE], "a message was lost"
+
+
+def test_resume_does_not_undo_stop() -> None:
+    inbox = Inbox()
+    inbox.stop()
+    inbox.resume()
+    assert inbox.interrupted
+    assert inbox.park(1) is False
+
+
+def test_a_late_wake_of_the_epoch_before_changes_nothing() -> None:
+    inbox = Inbox()
+    inbox.enter(1)
+    inbox.wake(1, 700)
+    inbox.enter(2)
+    with parked(inbox, step=2) as thread:
+        inbox.wake(1, 701)
+        assert not thread.returned(0.05), "it would open a step that nobody else does"
+        inbox.wake(2, 2)
+        assert thread.returned(5)
+
+
+def test_an_early_wake_waits_for_its_epoch() -> None:
+    inbox = Inbox()
+    inbox.enter(1)
+    inbox.wake(2, 2)
+    with parked(inbox, step=2):
+        pass
+    inbox = Inbox()
+    inbox.enter(1)
+    inbox.wake(2, 2)
+    inbox.enter(2)
+    inbox.wake(1, 9)
+    assert inbox.park(2) is False
+    inbox.put(MESSAGE)
+    assert inbox.park(3) is True

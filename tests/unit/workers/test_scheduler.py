@@ -1,5 +1,6 @@
 """The scheduler with a model that is a hash: it keeps its budget, starves nobody and loses nothing."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,6 +65,13 @@ class FakeRunner:
                     assert self.memory[self._slot(item, name, position)] == want[position], "a key is not where it is"
         return [Sample(next_token(item.sequence.tokens(0, item.end))) for item in plan if item.samples]
 
+    def spoil(self, plan: list[Scheduled]) -> None:
+        """Part of a step that is never committed: its slots hold what is of no use."""
+        for item in plan:
+            for position in range(item.start, item.end):
+                for name in ("global_", "local"):
+                    self.memory[self._slot(item, name, position)] = -1
+
     def _slot(self, item: Scheduled, name: str, position: int) -> tuple[str, int]:
         table, size = getattr(item.sequence.blocks, name), self.blocks.block_size
         index = position // size - table.first
@@ -119,6 +127,15 @@ class Harness:
         self.forget(lambda sequence: not any(item.sequence is sequence and item.finish for item in emitted))
         self.scheduler.check_integrity()
         return emitted
+
+    def abandon(self) -> None:
+        """A step that an epoch's end cuts off."""
+        known = {sequence.key: sequence.num_tokens for sequence in self.alive}
+        plan = self.scheduler.plan()
+        self.check_plan(plan)
+        self.runner.spoil(plan)
+        assert known == {sequence.key: sequence.num_tokens for sequence in self.alive}
+        self.scheduler.check_integrity()
 
     def check_plan(self, plan: list[Scheduled]) -> None:
         assert bool(plan) == bool(self.alive), "work is there, but nothing is planned"
@@ -227,6 +244,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.harness.step()
 
+    @rule(count=st.integers(1, 3))
+    def abandon(self, count: int) -> None:
+        for _ in range(count):
+            self.harness.abandon()
+
     @invariant()
     def adds_up(self) -> None:
         if hasattr(self, "harness"):
@@ -235,6 +257,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert scheduler.num_running + scheduler.num_waiting == len(self.harness.alive)
             pending = sum(sequence.num_tokens - sequence.num_computed_tokens for sequence in self.harness.alive)
             assert scheduler.pending_tokens == pending
+            assert scheduler.prefix_hit_tokens <= scheduler.prefix_lookup_tokens
+            for sequence in self.harness.alive:
+                assert sequence.was_preempted or sequence.num_cached_tokens <= sequence.num_computed_tokens
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
@@ -375,6 +400,34 @@ def test_ends(min_tokens: int, stop: set[int], output: list[int], finish: Finish
     assert finishes == [None] * (len(output) - 1) + [finish]
     assert scheduler.plan() == []
     scheduler.check_integrity()
+
+
+@given(**POOLS, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_step_that_is_abandoned_is_planned_again(
+    num_global: int, num_local: int, block: int, chunk: int, budget: int, data: st.DataObject
+) -> None:
+    """Beside a gang that is never disturbed: the same tokens, the same counts of what the cache saved."""
+    calm, disturbed = (Harness(KVBlocks(num_global, num_local, block, chunk), budget, min(budget, 4)) for _ in range(2))
+    longest = min(calm.blocks.longest(budget), 40)
+    if longest < 2:
+        return
+    for number in range(data.draw(st.integers(1, 4), label="sequences")):
+        sequence = draw_sequence(data, ("a", number), longest)
+        calm.add(sequence)
+        disturbed.add(copy.deepcopy(sequence))
+    sequences = list(disturbed.alive)
+    while disturbed.alive:
+        for _ in range(data.draw(st.integers(0, 2), label="abandoned")):
+            disturbed.abandon()
+        disturbed.step()
+    calm.finish()
+    assert disturbed.blocks.usage_ratio == 0
+    if calm.scheduler.num_preemptions == disturbed.scheduler.num_preemptions == 0:
+        assert disturbed.scheduler.prefix_lookup_tokens == calm.scheduler.prefix_lookup_tokens
+        assert disturbed.scheduler.prefix_hit_tokens == calm.scheduler.prefix_hit_tokens
+    for sequence in sequences:
+        assert sequence.output_ids == disturbed.want[sequence.key]
 
 
 def test_integrity_notices_a_lost_block() -> None:

@@ -70,6 +70,7 @@ class Router:
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     inbox = Inbox()
+    inbox.enter(3)
     token_server = TokenServer(HEADER, inbox, vocab_size=100, max_model_len=20)
     server = grpc.aio.server()
     gang_pb2_grpc.add_RankServicer_to_server(token_server, server)
@@ -334,3 +335,21 @@ async def test_wake(served: Served, channel: grpc.aio.Channel, gang: str, epoch:
     assert bool(done) is wakes
     served.inbox.stop()
     assert await asyncio.wait_for(parked, 5) is False
+
+
+async def test_another_epoch_keeps_streams_and_refuses_what_is_for_the_one_before(
+    served: Served, channel: grpc.aio.Channel
+) -> None:
+    router = Router(channel, "r1")
+    router.submit(1)
+    await served.messages(1)
+    await served.server.enter(4)
+    router.submit(2)
+    refused = await router.read()
+    assert refused.epoch == 4
+    assert refused.outputs[0].resubmit
+    assert refused.outputs[0].detail == "submitted to epoch 3, but the gang is in epoch 4"
+    served.server.publish(1, [emitted("r1", 1, 42)], LOAD)
+    message = await router.read()
+    assert (message.epoch, message.step, message.outputs[0].token_ids) == (4, 1, [42])
+    assert served.inbox.drain() == []
