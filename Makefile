@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-hosts serve test test-unit test-hosts check check-format check-lint check-types check-floors check-stubs check-contract \
-        fuzz overload soak growth peers bench-router bench-hosts bench-kernels format stubs wheel hooks clean venv
+        fuzz overload chaos soak growth peers bench-router bench-hosts bench-kernels format stubs wheel hooks clean venv
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -41,6 +41,9 @@ fuzz: $(READY) ## 10,000 random requests on both doors of a router (ARGS="--requ
 
 overload: $(READY) ## five times more requests than a real server can take
 	$(BIN)/python -m tests.overload $(ARGS)
+
+chaos: $(READY) ## 1,000 streams while ranks, routers and the leader are killed; a table and a picture (ARGS="--seed 2")
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 soak: $(READY) ## a real server under 16 streams for 20 minutes: nothing grows, nothing is lost (ARGS="--minutes 5")
 	$(BIN)/python -m tests.soak $(ARGS)

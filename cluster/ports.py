@@ -1,9 +1,14 @@
 """TCP ports of this machine: which are free, and saying so before anything is started."""
 
 import errno
+import random
 import socket
+from pathlib import Path
 
 from cluster.errors import UsageError
+
+LOWEST_FREE_PORT = 10_000
+TRIED_FREE_PORTS = 1000
 
 
 def check_port(host: str, port: int, flag: str) -> None:
@@ -50,12 +55,30 @@ def check_listens(address: str, flag: str, timeout_s: float = 5.0) -> None:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    probes = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
+    """Ports that were free a moment ago, all different. None of those that the system chooses by itself, if there are
+    others: such a one is soon taken by somebody's outgoing connection."""
+    candidates = list(range(LOWEST_FREE_PORT, _lowest_chosen_port()))
+    random.shuffle(candidates)
+    probes: list[socket.socket] = []
     try:
-        for probe in probes:
-            probe.bind((host, 0))
+        for port in (*candidates[:TRIED_FREE_PORTS], *[0] * count):
+            if len(probes) == count:
+                break
+            probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                probe.close()
+            else:
+                probes.append(probe)
         return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:
             probe.close()
+
+
+def _lowest_chosen_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768

@@ -10,6 +10,7 @@ which epoch comes next, is decided here alone.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from workers.expert_map import ExpertMap
 logger = logging.getLogger("caravan.leader")
 
 TICK_S = 0.5
+SOON_S = 10.0
+"""A rank that dies within so long of its return may die of something in itself."""
 
 
 class Reshaper:
@@ -48,8 +51,9 @@ class Reshaper:
         self._membership, self._ranks, self._epochs = membership, ranks, epochs
         self._expert_map, self._addresses, self._config = expert_map, addresses, config
         self._returns: dict[int, asyncio.Task[None]] = {}
-        self._lost_at: defaultdict[int, list[float]] = defaultdict(list)
-        """Of each rank, as long as `restart_window_s`."""
+        self._returned_at: dict[int, float] = {}
+        self._relapses: defaultdict[int, int] = defaultdict(int)
+        """Of each rank: losses in a row that came soon after its return."""
 
     async def run(self) -> Loss:
         """Reshape whenever it is due; returns why the gang cannot go on."""
@@ -99,7 +103,9 @@ class Reshaper:
         membership, gang = self._membership, self._membership.gang_id
         for member in dead:
             LOSSES.labels(gang, member.loss.reason if member.loss is not None else "").inc()
-        RETURNS.labels(gang).inc(len(members.keys() - membership.members.keys()))
+        returned = members.keys() - membership.members.keys()
+        self._returned_at |= dict.fromkeys(returned, time.monotonic())
+        RETURNS.labels(gang).inc(len(returned))
         with RESHAPE_SECONDS.labels(gang, "fence").time():
             await self._ranks.fence(dead)
         self._expert_map = self._expert_map.over(sorted(members))
@@ -124,14 +130,14 @@ class Reshaper:
                 membership.record_loss(rank, membership.members[rank].incarnation, Loss(message, reason="late"))
 
     async def _bring_back(self, rank: int) -> None:
-        """Start a lost rank anew, until it has its weights; then the next reshape takes it in. One that is lost again
-        and again waits longer each time: every return costs the others a moment."""
-        config, now = self._config, time.monotonic()
-        recent = [when for when in self._lost_at[rank] if now - when < config.restart_window_s]
-        self._lost_at[rank] = [*recent, now]
+        """Start a lost rank anew, until it has its weights; then the next reshape takes it in. One that dies soon after
+        its return, again and again, waits longer each time: every return costs the others a moment."""
+        config = self._config
+        soon = time.monotonic() - self._returned_at.get(rank, -math.inf) < SOON_S
+        self._relapses[rank] = self._relapses[rank] + 1 if soon else 0
         try:
             for attempt in range(config.restarts):
-                delay_s = config.restart_delay_s * 2.0 ** (len(recent) + attempt)
+                delay_s = config.restart_delay_s * 2.0 ** (self._relapses[rank] + attempt)
                 await asyncio.sleep(min(delay_s, config.restart_window_s))
                 member = Member(rank, self._membership.next_incarnation())
                 self._membership.joining[rank] = member

@@ -294,3 +294,5 @@ def _show(view: gang_pb2.GangView, display: LoadingDisplay, is_announced: bool) 
         display.view(view)
     elif view.state == "starting" and view.detail.startswith("starting over"):
         display.note(f"epoch {view.epoch} is over, {view.detail}")
+    elif view.state == "ready" and view.epoch > 1:
+        display.note(f"epoch {view.epoch}: {view.detail or 'every rank is there'}")

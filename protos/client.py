@@ -254,6 +254,7 @@ def _advance(
         if response.chat_time:
             request.chat_time = response.chat_time
     request.resume_offset += len(response.token_ids)
+    request.resume_token_ids.extend(response.token_ids)
 
 
 def _attempts(patience: Patience) -> tuple[tuple[str, str], ...]:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\ncaravan.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.caravan.v1.ChatMessage\"\x80\x07\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.caravan.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x14 \x01(\x0b\x32\x18.caravan.v1.ChatMessagesH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x06tenant\x18\x15 \x01(\t\x12\x15\n\x08priority\x18\x16 \x01(\x05H\r\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x17 \x01(\x01H\x0e\x88\x01\x01\x12\x11\n\tresumable\x18\x18 \x01(\x08\x12\x15\n\rresume_offset\x18\x19 \x01(\r\x12\x0f\n\x07sibling\x18\x1a \x01(\r\x12\x16\n\tchat_time\x18\x1b \x01(\x03H\x0f\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x0b\n\t_priorityB\x0c\n\n_timeout_sB\x0c\n\n_chat_time\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.caravan.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.caravan.v1.TokenLogprob\"\xb2\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.caravan.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.caravan.v1.Usage\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x35\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12\x11\n\tchat_time\x18\n \x01(\x03\"3\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.caravan.v1.Model\"\x11\n\x0fGetModelRequest\"\xc1\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\"\x12\n\x10GetStatusRequest\">\n\x06Status\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05gangs\x18\x02 \x03(\x0b\x32\x16.caravan.v1.GangStatus\"\xc5\x01\n\nGangStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12%\n\x05ranks\x18\x05 \x03(\x0b\x32\x16.caravan.v1.RankStatus\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\r\n\x05stage\x18\x08 \x01(\t\x12%\n\x05hosts\x18\t \x03(\x0b\x32\x16.caravan.v1.HostStatus\"\x82\x02\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x06 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x07 \x01(\x04\x12\x18\n\x10tokens_exchanged\x18\x08 \x01(\x04\x12\x1a\n\x12weights_bytes_read\x18\t \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x19\n\x11\x62ytes_within_host\x18\x0b \x01(\x04\x12\x1b\n\x13\x62ytes_between_hosts\x18\x0c \x01(\x04\"z\n\nHostStatus\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x11\n\tinterface\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\r\x12*\n\x0bround_trips\x18\x05 \x03(\x0b\x32\x15.caravan.v1.RoundTrip\"*\n\tRoundTrip\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01*\xad\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x32\xfd\x03\n\tInference\x12G\n\x08Generate\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse0\x01\x12I\n\x0cGenerateOnce\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse\x12?\n\x06\x43\x61ncel\x12\x19.caravan.v1.CancelRequest\x1a\x1a.caravan.v1.CancelResponse\x12\x45\n\x08Tokenize\x12\x1b.caravan.v1.TokenizeRequest\x1a\x1c.caravan.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.caravan.v1.DetokenizeRequest\x1a\x1e.caravan.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.caravan.v1.ListModelsRequest\x1a\x1e.caravan.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.caravan.v1.GetModelRequest\x1a\x11.caravan.v1.Model2F\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.caravan.v1.GetStatusRequest\x1a\x12.caravan.v1.Statusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\ncaravan.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.caravan.v1.ChatMessage\"\x9a\x07\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.caravan.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x14 \x01(\x0b\x32\x18.caravan.v1.ChatMessagesH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x06tenant\x18\x15 \x01(\t\x12\x15\n\x08priority\x18\x16 \x01(\x05H\r\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x17 \x01(\x01H\x0e\x88\x01\x01\x12\x11\n\tresumable\x18\x18 \x01(\x08\x12\x15\n\rresume_offset\x18\x19 \x01(\r\x12\x0f\n\x07sibling\x18\x1a \x01(\r\x12\x16\n\tchat_time\x18\x1b \x01(\x03H\x0f\x88\x01\x01\x12\x18\n\x10resume_token_ids\x18\x1c \x03(\rB\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x0b\n\t_priorityB\x0c\n\n_timeout_sB\x0c\n\n_chat_time\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.caravan.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.caravan.v1.TokenLogprob\"\xb2\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.caravan.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.caravan.v1.Usage\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x35\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1c.caravan.v1.PositionLogprobs\x12\x11\n\tchat_time\x18\n \x01(\x03\"3\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.caravan.v1.Model\"\x11\n\x0fGetModelRequest\"\xc1\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\"\x12\n\x10GetStatusRequest\">\n\x06Status\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05gangs\x18\x02 \x03(\x0b\x32\x16.caravan.v1.GangStatus\"\xc5\x01\n\nGangStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12%\n\x05ranks\x18\x05 \x03(\x0b\x32\x16.caravan.v1.RankStatus\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\r\n\x05stage\x18\x08 \x01(\t\x12%\n\x05hosts\x18\t \x03(\x0b\x32\x16.caravan.v1.HostStatus\"\x82\x02\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x06 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x07 \x01(\x04\x12\x18\n\x10tokens_exchanged\x18\x08 \x01(\x04\x12\x1a\n\x12weights_bytes_read\x18\t \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x19\n\x11\x62ytes_within_host\x18\x0b \x01(\x04\x12\x1b\n\x13\x62ytes_between_hosts\x18\x0c \x01(\x04\"z\n\nHostStatus\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x11\n\tinterface\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\r\x12*\n\x0bround_trips\x18\x05 \x03(\x0b\x32\x15.caravan.v1.RoundTrip\"*\n\tRoundTrip\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01*\xad\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x32\xfd\x03\n\tInference\x12G\n\x08Generate\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse0\x01\x12I\n\x0cGenerateOnce\x12\x1b.caravan.v1.GenerateRequest\x1a\x1c.caravan.v1.GenerateResponse\x12?\n\x06\x43\x61ncel\x12\x19.caravan.v1.CancelRequest\x1a\x1a.caravan.v1.CancelResponse\x12\x45\n\x08Tokenize\x12\x1b.caravan.v1.TokenizeRequest\x1a\x1c.caravan.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.caravan.v1.DetokenizeRequest\x1a\x1e.caravan.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.caravan.v1.ListModelsRequest\x1a\x1e.caravan.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.caravan.v1.GetModelRequest\x1a\x11.caravan.v1.Model2F\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.caravan.v1.GetStatusRequest\x1a\x12.caravan.v1.Statusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2880
-  _globals['_FINISHREASON']._serialized_end=3053
+  _globals['_FINISHREASON']._serialized_start=2906
+  _globals['_FINISHREASON']._serialized_end=3079
   _globals['_TOKENIDS']._serialized_start=38
   _globals['_TOKENIDS']._serialized_end=61
   _globals['_CHATMESSAGE']._serialized_start=63
@@ -40,49 +40,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=109
   _globals['_CHATMESSAGES']._serialized_end=166
   _globals['_GENERATEREQUEST']._serialized_start=169
-  _globals['_GENERATEREQUEST']._serialized_end=1065
-  _globals['_USAGE']._serialized_start=1067
-  _globals['_USAGE']._serialized_end=1147
-  _globals['_TOKENLOGPROB']._serialized_start=1149
-  _globals['_TOKENLOGPROB']._serialized_end=1198
-  _globals['_POSITIONLOGPROBS']._serialized_start=1200
-  _globals['_POSITIONLOGPROBS']._serialized_end=1299
-  _globals['_GENERATERESPONSE']._serialized_start=1302
-  _globals['_GENERATERESPONSE']._serialized_end=1608
-  _globals['_CANCELREQUEST']._serialized_start=1610
-  _globals['_CANCELREQUEST']._serialized_end=1661
-  _globals['_CANCELRESPONSE']._serialized_start=1663
-  _globals['_CANCELRESPONSE']._serialized_end=1694
-  _globals['_TOKENIZEREQUEST']._serialized_start=1696
-  _globals['_TOKENIZEREQUEST']._serialized_end=1727
-  _globals['_TOKENIZERESPONSE']._serialized_start=1729
-  _globals['_TOKENIZERESPONSE']._serialized_end=1766
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1768
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1835
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1837
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1871
-  _globals['_LISTMODELSREQUEST']._serialized_start=1873
-  _globals['_LISTMODELSREQUEST']._serialized_end=1892
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1894
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1949
-  _globals['_GETMODELREQUEST']._serialized_start=1951
-  _globals['_GETMODELREQUEST']._serialized_end=1968
-  _globals['_MODEL']._serialized_start=1971
-  _globals['_MODEL']._serialized_end=2164
-  _globals['_GETSTATUSREQUEST']._serialized_start=2166
-  _globals['_GETSTATUSREQUEST']._serialized_end=2184
-  _globals['_STATUS']._serialized_start=2186
-  _globals['_STATUS']._serialized_end=2248
-  _globals['_GANGSTATUS']._serialized_start=2251
-  _globals['_GANGSTATUS']._serialized_end=2448
-  _globals['_RANKSTATUS']._serialized_start=2451
-  _globals['_RANKSTATUS']._serialized_end=2709
-  _globals['_HOSTSTATUS']._serialized_start=2711
-  _globals['_HOSTSTATUS']._serialized_end=2833
-  _globals['_ROUNDTRIP']._serialized_start=2835
-  _globals['_ROUNDTRIP']._serialized_end=2877
-  _globals['_INFERENCE']._serialized_start=3056
-  _globals['_INFERENCE']._serialized_end=3565
-  _globals['_ADMIN']._serialized_start=3567
-  _globals['_ADMIN']._serialized_end=3637
+  _globals['_GENERATEREQUEST']._serialized_end=1091
+  _globals['_USAGE']._serialized_start=1093
+  _globals['_USAGE']._serialized_end=1173
+  _globals['_TOKENLOGPROB']._serialized_start=1175
+  _globals['_TOKENLOGPROB']._serialized_end=1224
+  _globals['_POSITIONLOGPROBS']._serialized_start=1226
+  _globals['_POSITIONLOGPROBS']._serialized_end=1325
+  _globals['_GENERATERESPONSE']._serialized_start=1328
+  _globals['_GENERATERESPONSE']._serialized_end=1634
+  _globals['_CANCELREQUEST']._serialized_start=1636
+  _globals['_CANCELREQUEST']._serialized_end=1687
+  _globals['_CANCELRESPONSE']._serialized_start=1689
+  _globals['_CANCELRESPONSE']._serialized_end=1720
+  _globals['_TOKENIZEREQUEST']._serialized_start=1722
+  _globals['_TOKENIZEREQUEST']._serialized_end=1753
+  _globals['_TOKENIZERESPONSE']._serialized_start=1755
+  _globals['_TOKENIZERESPONSE']._serialized_end=1792
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1794
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1861
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1863
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1897
+  _globals['_LISTMODELSREQUEST']._serialized_start=1899
+  _globals['_LISTMODELSREQUEST']._serialized_end=1918
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1920
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1975
+  _globals['_GETMODELREQUEST']._serialized_start=1977
+  _globals['_GETMODELREQUEST']._serialized_end=1994
+  _globals['_MODEL']._serialized_start=1997
+  _globals['_MODEL']._serialized_end=2190
+  _globals['_GETSTATUSREQUEST']._serialized_start=2192
+  _globals['_GETSTATUSREQUEST']._serialized_end=2210
+  _globals['_STATUS']._serialized_start=2212
+  _globals['_STATUS']._serialized_end=2274
+  _globals['_GANGSTATUS']._serialized_start=2277
+  _globals['_GANGSTATUS']._serialized_end=2474
+  _globals['_RANKSTATUS']._serialized_start=2477
+  _globals['_RANKSTATUS']._serialized_end=2735
+  _globals['_HOSTSTATUS']._serialized_start=2737
+  _globals['_HOSTSTATUS']._serialized_end=2859
+  _globals['_ROUNDTRIP']._serialized_start=2861
+  _globals['_ROUNDTRIP']._serialized_end=2903
+  _globals['_INFERENCE']._serialized_start=3082
+  _globals['_INFERENCE']._serialized_end=3591
+  _globals['_ADMIN']._serialized_start=3593
+  _globals['_ADMIN']._serialized_end=3663
 # @@protoc_insertion_point(module_scope)

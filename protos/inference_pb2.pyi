@@ -152,6 +152,7 @@ class GenerateRequest(_message.Message):
     RESUME_OFFSET_FIELD_NUMBER: _builtins.int
     SIBLING_FIELD_NUMBER: _builtins.int
     CHAT_TIME_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model as GetModel returns it. Empty: the one served."""
     text: _builtins.str
@@ -230,6 +231,12 @@ class GenerateRequest(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generation ends with any of these tokens, which stays in token_ids and is not in the text. At most 64."""
 
+    @_builtins.property
+    def resume_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The output tokens received before, as many as resume_offset says: a router that has not the answer goes on after
+        them instead of generating them anew, which takes as long as it did the first time. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -260,10 +267,11 @@ class GenerateRequest(_message.Message):
         resume_offset: _builtins.int = ...,
         sibling: _builtins.int = ...,
         chat_time: _builtins.int | None = ...,
+        resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_time", b"_chat_time", "_frequency_penalty", b"_frequency_penalty", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_timeout_s", b"_timeout_s", "_top_k", b"_top_k", "_top_p", b"_top_p", "chat", b"chat", "chat_time", b"chat_time", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "text", b"text", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_time", b"_chat_time", "_frequency_penalty", b"_frequency_penalty", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_timeout_s", b"_timeout_s", "_top_k", b"_top_k", "_top_p", b"_top_p", "chat", b"chat", "chat_time", b"chat_time", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "resumable", b"resumable", "resume_offset", b"resume_offset", "seed", b"seed", "sibling", b"sibling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "tenant", b"tenant", "text", b"text", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_time", b"_chat_time", "_frequency_penalty", b"_frequency_penalty", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_timeout_s", b"_timeout_s", "_top_k", b"_top_k", "_top_p", b"_top_p", "chat", b"chat", "chat_time", b"chat_time", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "resumable", b"resumable", "resume_offset", b"resume_offset", "resume_token_ids", b"resume_token_ids", "seed", b"seed", "sibling", b"sibling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "tenant", b"tenant", "text", b"text", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat_time: _TypeAlias = _typing.Literal["chat_time"]  # noqa: Y015
     _WhichOneofArgType__chat_time: _TypeAlias = _typing.Literal["_chat_time", b"_chat_time"]  # noqa: Y015

@@ -55,6 +55,9 @@ class Generation:
         text = OutputText(token_bytes, request.stop, request.min_tokens)
         deadline = None if within_s is None else time.monotonic() + within_s
         self.stream = Stream(sequence_id, request, text, self._took, self._ended, self._lost, deadline)
+        # The last one comes again: whatever it ends, it ends here too. Log-probabilities are not known of any.
+        if not request.sampling.HasField("logprobs"):
+            self.stream.take_up(request.resume_token_ids[:-1])
         if within_s is not None and within_s <= 0:
             raise TooLate("the deadline had passed when the request arrived")
         self._timer = StreamTimer(metrics, arrival)

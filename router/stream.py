@@ -1,7 +1,7 @@
 """One output: what a rank sent of it, and what its client has yet to get."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos import gang_pb2, inference_pb2
@@ -129,6 +129,18 @@ class Stream:
             self.end(reason, Cancelled("the request was cancelled, or is resumed at another router"))
         else:
             self.end(ERROR, RankLost(output.detail))
+
+    def take_up(self, token_ids: Sequence[int]) -> None:
+        """Begin after tokens that the client has from another router.
+
+        Raises:
+            InvalidRequest: the output would have ended before.
+        """
+        for token_id in token_ids:
+            self.output_ids.append(token_id)
+            self._pieces.append(self._text.push((token_id,))[0])
+            if self._text.is_stopped() or token_id in self.request.stop_token_ids:
+                raise InvalidRequest("resume_token_ids", "go on after what ends the answer")
 
     def lose(self, loss: Loss) -> None:
         """Its rank does not go on with it. What arrived counts; nothing else of that rank will be taken for it."""

@@ -27,7 +27,7 @@ MAX_ROLE_CHARS = 64
 MAX_CHAT_MESSAGES = 4096
 MAX_CHAT_TIME = 4_102_444_800
 """The year 2100: times beyond are mistakes, and some no calendar has."""
-NOT_THE_REQUEST = ("resume_offset", "timeout_s", "seed", "chat_time")
+NOT_THE_REQUEST = ("resume_offset", "resume_token_ids", "timeout_s", "seed", "chat_time")
 """Fields in which a request that comes again may differ from the first time: the seed it was given is compared."""
 
 
@@ -57,6 +57,8 @@ class ValidRequest:
     """Then the client gave the request_id."""
     resume_offset: int = 0
     """Output tokens the client has; less than max_tokens or equal."""
+    resume_token_ids: tuple[int, ...] = ()
+    """These, or nothing."""
     chat_time: int = 0
     """Seconds since 1970 that the chat template saw; 0 where the prompt is no chat."""
     has_id: bool = False
@@ -115,6 +117,9 @@ class Validator:
             raise InvalidRequest("min_tokens", f"{request.min_tokens} is more than max_tokens ({max_tokens})")
         if request.resume_offset > max_tokens:
             raise InvalidRequest("resume_offset", f"{request.resume_offset} is more than max_tokens ({max_tokens})")
+        if (given := len(request.resume_token_ids)) not in (0, request.resume_offset):
+            raise InvalidRequest("resume_token_ids", f"{given}, and resume_offset is {request.resume_offset}")
+        self.check_token_ids("resume_token_ids", request.resume_token_ids)
         return ValidRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_ids=tuple(prompt_ids),
@@ -129,6 +134,7 @@ class Validator:
             sibling=request.sibling,
             resumable=request.resumable,
             resume_offset=request.resume_offset,
+            resume_token_ids=tuple(request.resume_token_ids),
             chat_time=chat_time,
             has_id=bool(request.request_id),
             has_seed=request.HasField("seed"),

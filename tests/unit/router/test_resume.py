@@ -392,3 +392,34 @@ async def test_a_client_whose_first_connection_is_dropped_tries_again(house, tok
     with pytest.raises(CaravanError, match="no server answers at"):
         await asyncio.to_thread(talk, Retries(attempts=1))
     await proxy.stop()
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+async def test_another_router_goes_on_after_the_tokens_that_come_with_the_request(house, tokenizer, logprobs):
+    rank = house.ranks[0]
+    other, _ = await house.another_router()
+    request = make_request(
+        ids_of(tokenizer, TEXT).ids, max_tokens=40, request_id="r", resumable=True, seed=4, stop=["whale me"],
+        logprobs=logprobs,
+    )  # fmt: skip
+    whole = await collect(house.service, request)
+    for offset in (1, 2, 17, 39, 40):
+        request.request_id, request.resume_offset = f"r{offset}", offset
+        request.resume_token_ids[:] = whole.token_ids[:offset]
+        rest = await collect(other, request)
+        assert whole.text.endswith(rest.text)
+        assert rest.token_ids == whole.token_ids[offset:]
+        assert (rest.finish_reason, rest.usage.completion_tokens) == ("length", 40)
+        # Not of logprobs: those of the tokens before are not known here.
+        assert list(rank.submits[-1].output_ids) == (whole.token_ids[: offset - 1] if logprobs is None else [])
+
+
+async def test_tokens_to_go_on_after_are_checked(house, tokenizer):
+    request = make_request(ids_of(tokenizer, TEXT).ids, max_tokens=40, request_id="r", resumable=True, seed=4)
+    request.resume_offset = 3
+    for ids, says in (([1, 2], "resume_offset is 3"), ([1, 2, 10**9], "is no token")):
+        request.resume_token_ids[:] = ids
+        with pytest.raises(CaravanError, match=says) as caught:
+            await collect(house.service, request)
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "resume_token_ids" in caught.value.message
