@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -44,6 +45,7 @@ NANO_KEYS = (
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hosts.bench_delay", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--moe-layers", type=int, nargs="+", default=MOE_LAYERS, metavar="N", help="(default 2 4 8)")
     given = parser.parse_args()
     console = Console()
     if reason := why_not():
@@ -51,8 +53,8 @@ def main() -> int:
         return 1
     rows = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("models", total=len(MOE_LAYERS) * len(DELAYS_MS))
-        for layers in MOE_LAYERS:
+        task = progress.add_task("models", total=len(given.moe_layers) * len(DELAYS_MS))
+        for layers in given.moe_layers:
             # Not below /tmp, which every host has for itself.
             folder = Path(tempfile.mkdtemp(prefix="caravan-delay-", dir="/var/tmp"))
             try:
@@ -60,6 +62,8 @@ def main() -> int:
                 for row in measure(folder, layers, lambda text: progress.update(task, description=text)):
                     rows.append(row)
                     progress.advance(task)
+                    # What has been measured is not lost to who loses patience.
+                    console.print(json.dumps(row), soft_wrap=True)
             finally:
                 shutil.rmtree(folder)
     console.print(table(rows))
@@ -79,9 +83,8 @@ def make_model(folder: Path, moe_layers: int) -> None:
         shutil.copy(file, folder)
 
 
-def measure(folder: Path, moe_layers: int, say: Any) -> list[dict[str, Any]]:
+def measure(folder: Path, moe_layers: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One server, every delay."""
-    rows = []
     with HostNetwork(HOSTS, client=True, shared=[folder]) as network:
         for host in network.hosts:
             kernels = host.path("/tmp/home/.cache/caravan")
@@ -93,18 +96,15 @@ def measure(folder: Path, moe_layers: int, say: Any) -> list[dict[str, Any]]:
         for delay in DELAYS_MS:
             say(f"{moe_layers} MoE layers, {delay:g} ms")
             how = {network.delay(host, delay) for host in network.hosts if delay}
-            rows.append(
-                {
-                    "moe_layers": moe_layers,
-                    "delay_ms": delay,
-                    "by": "".join(how),
-                    "gap_ms": bench(network.client, network[0]),
-                }
-                | {"round_trip_ms": round_trip(network)}
-            )
+            yield {
+                "moe_layers": moe_layers,
+                "delay_ms": delay,
+                "by": "".join(how),
+                "round_trip_ms": round_trip(network),
+                "gap_ms": bench(network.client, network[0]),
+            }
         server.terminate()
         server.wait(30)
-    return rows
 
 
 def serve(host: Host, ray_address: str, folder: Path) -> CellProcess:
