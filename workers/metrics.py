@@ -27,6 +27,12 @@ KV_USAGE = Gauge(
     multiprocess_mode="livemostrecent",
 )
 EPOCH = Gauge("caravan_epoch", "The gang's epoch as this rank knows it.", _LABELS, multiprocess_mode="livemostrecent")
+RANK_INFO = Gauge(
+    "caravan_rank_info",
+    "1: which incarnation of a rank runs, and the address of its host.",
+    (*_LABELS, "incarnation", "host"),
+    multiprocess_mode="livemostrecent",
+)
 STEP_SECONDS = Histogram("caravan_step_seconds", "Wall time of an engine step.", _LABELS, buckets=STEP_BUCKETS)
 STEP_PART_SECONDS = Counter(
     "caravan_step_part_seconds", "Wall time of engine steps, by the part it went to.", (*_LABELS, "part")

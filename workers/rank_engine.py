@@ -12,7 +12,7 @@ from workers.epoch_exchange import Rows
 from workers.exchange import Exchange, LocalExchange
 from workers.expert_map import ExpertMap
 from workers.inbox import Inbox
-from workers.metrics import RankMetrics
+from workers.metrics import RANK_INFO, RankMetrics
 from workers.model_config import ModelConfig
 from workers.packed_loading import LoadProgress, RankWeights
 from workers.runner import TORCH_DTYPES, Runner, resolve_device, resolve_dtype
@@ -133,6 +133,7 @@ class RankEngine:
             engine.prefix_cache,
             engine.prefill_step_ratio,
         )
+        RANK_INFO.labels(config.gang_id, str(config.rank), str(config.incarnation), config.host).set(1)
         # Nothing of this exchange yet: `enter` follows.
         self._metrics = RankMetrics(config.gang_id, config.rank, 0, LocalExchange(), runner.clock, {})
         return Engine(

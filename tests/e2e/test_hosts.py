@@ -75,7 +75,9 @@ def test_every_host_has_one_metrics_endpoint(over_hosts: HostsServer, four_hosts
         read = f"import urllib.request as u; print(u.urlopen('http://{host.address}:9400/metrics').read().decode())"
         done = four_hosts.network.client.run([sys.executable, "-c", read], timeout=20)
         assert done.returncode == 0, f"{host}: {done.stderr}"
-        assert "caravan_exchange" in done.stdout
+        assert done.stdout.count("caravan_rank_info{") == 2
+        assert f'host="{host.address}"' in done.stdout
+        assert 'caravan_exchange_bytes_total{direction="sent"' in done.stdout
 
 
 def test_the_plan_is_what_dry_run_says(over_hosts: HostsServer, four_hosts: Cluster) -> None:

@@ -25,7 +25,14 @@ MODEL = ModelConfig.from_dict(
     {"model_type": "llama4_text", "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_local_experts": 128}
 )
 QUICK = LeaderConfig(
-    join_timeout_s=5, load_stall_timeout_s=5, restart_delay_s=0.01, stop_timeout_s=0.5, restarts=2, restart_window_s=60
+    join_timeout_s=5,
+    load_stall_timeout_s=5,
+    restart_delay_s=0.01,
+    stop_timeout_s=0.5,
+    restarts=2,
+    restart_window_s=60,
+    # Fake ranks report nothing unless a test has them do it.
+    rank_silence_s=60,
 )
 
 
@@ -255,7 +262,7 @@ async def test_bytes_extend_the_bound(what: str):
 
 async def test_no_room_is_an_error_with_a_reason_and_final():
     launcher = FakeLauncher(place_error=NoRoomError("the cluster has room for 2 of 4 ranks"))
-    async with gang(launcher, config=LeaderConfig(restarts=3, restart_delay_s=30)) as made:
+    async with gang(launcher, config=replace(QUICK, restarts=3, restart_delay_s=30)) as made:
         view = await made.until("failed")
         assert view.detail == "the cluster has room for 2 of 4 ranks"
         assert not view.is_user_error
