@@ -197,7 +197,8 @@ async def measure_round_trips(hosts: Sequence[Host]) -> None:
 async def _each(hosts: Sequence[Host], action: Callable[[Host], Awaitable[None]], bound_s: float, lacks: str) -> None:
     async def bounded(host: Host) -> None:
         try:
-            await asyncio.wait_for(action(host), bound_s)
+            async with asyncio.timeout(bound_s):
+                await action(host)
         except TimeoutError:
             raise HostGoneError(f"host {host.name}: {lacks} within {bound_s:g} s") from None
 

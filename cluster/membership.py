@@ -1,6 +1,7 @@
 """What a leader knows of its gang: one record a rank, and the view of it all that routers and operators see."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -191,10 +192,10 @@ class Membership:
     async def changed_since(self, version: int, timeout_s: float) -> int:
         """The version now: at once if it is another than `version`, else after the next change or `timeout_s`."""
         if self.version == version:
-            try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                pass
+            # Not wait_for: of a change and a cancellation in the same moment it forgets the cancellation (Python 3.11).
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
         return self.version
 
     def view(self) -> gang_pb2.GangView:
