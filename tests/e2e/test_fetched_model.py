@@ -8,6 +8,7 @@ from tests.e2e.serving import Server, caravan
 from tests.hub import Hub, environment, serving
 
 
+@pytest.mark.hosts
 def test_fetched_at_the_first_start_and_offline_at_the_second(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

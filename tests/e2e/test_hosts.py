@@ -10,7 +10,7 @@ from tests.e2e.hosts_serving import PORTS, Cluster, HostsServer, cluster
 from tests.e2e.serving import Server
 from tests.hosts import requires_hosts
 
-pytestmark = [requires_hosts(), pytest.mark.timeout(300)]
+pytestmark = [requires_hosts(), pytest.mark.hosts, pytest.mark.timeout(300)]
 
 PROMPTS = (
     "Call me Ishmael. Some years ago",
